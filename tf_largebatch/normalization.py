@@ -1,0 +1,180 @@
+"""Batch normalisation over each worker's own n images."""
+
+import keras
+import tensorflow as tf
+
+_FUSED_DTYPES = (tf.float32, tf.bfloat16, tf.float16)
+
+
+@keras.saving.register_keras_serializable(package="tf_largebatch")
+class PerWorkerBatchNormalization(keras.layers.Layer):
+  """Batch normalisation whose statistics never cross a worker (§2.3).
+
+  In training, a batch of g·n images is normalised as g groups of n successive images:
+
+      y = γ · (x − μ_j) / sqrt(σ²_j + ε) + β,   μ_j, σ²_j over the images and positions of group j.
+
+  n is a hyper-parameter of the loss: a batch of 256 images on one device stays the paper's 8
+  workers of 32. The running averages for inference follow the mean over the groups,
+
+      moving ← momentum · moving + (1 − momentum) · mean_j(statistic_j),
+
+  with the unbiased variance, as in the paper's Caffe2 and in PyTorch (Keras keeps the biased one).
+  They are averaged over the replicas of a `tf.distribute` strategy, so all copies stay equal; Keras'
+  own layer lets them drift apart. For float32, bfloat16 and float16 this is one fused kernel
+  (`FusedBatchNormV3`, statistics in float32); other dtypes take plain operations.
+
+  Source: Goyal et al. 2017 (arXiv 1706.02677), §2.3; Ioffe and Szegedy 2015.
+
+  Args:
+    per_worker_batch_size: n, images that normalise together. None: the whole (local) batch.
+    momentum: of the running averages; the paper's 0.9, not Keras' 0.99.
+    epsilon: ε, added to the variance.
+    gamma_initializer: for γ; the paper's last one in a residual block starts at 0.
+    beta_initializer: for β.
+    name, trainable, dtype: as in `keras.layers.Layer`. A layer that is not trainable normalises by
+      its running averages, as Keras' own does.
+
+  Input: `[batch, …, channels]` (NHWC, or any rank from 2). Output: the same shape and dtype.
+
+  Raises:
+    ValueError: an argument is out of range, or, in training, n does not divide the batch
+      (`tf.errors.InvalidArgumentError` where the batch is only known in the graph).
+  """
+
+  def __init__(
+    self,
+    per_worker_batch_size=None,
+    momentum=0.9,
+    epsilon=1e-5,
+    gamma_initializer="ones",
+    beta_initializer="zeros",
+    name=None,
+    trainable=True,
+    dtype=None,
+  ):
+    super().__init__(name=name, trainable=trainable, dtype=dtype)
+    if per_worker_batch_size is not None and per_worker_batch_size < 1:
+      raise ValueError(
+        f"per_worker_batch_size must be at least 1 or None, not {per_worker_batch_size}."
+      )
+    if not 0 <= momentum < 1:
+      raise ValueError(f"momentum must lie in [0, 1), not {momentum}.")
+    if epsilon <= 0:
+      raise ValueError(f"epsilon must be above 0, not {epsilon}.")
+    self.per_worker_batch_size = per_worker_batch_size
+    self.momentum = momentum
+    self.epsilon = epsilon
+    self.gamma_initializer = keras.initializers.get(gamma_initializer)
+    self.beta_initializer = keras.initializers.get(beta_initializer)
+    self.supports_masking = True
+
+  def build(self, input_shape):
+    channels = input_shape[-1]
+    if len(input_shape) < 2 or channels is None:
+      raise ValueError(f"The input must be [batch, …, channels], channels known: {input_shape}.")
+    # The parameters stay in the variable dtype (autocast=False): the fused kernel takes float32
+    # scales and statistics whatever the images' dtype.
+    weights = {"shape": (channels,), "autocast": False}
+    self.gamma = self.add_weight(name="gamma", initializer=self.gamma_initializer, **weights)
+    self.beta = self.add_weight(name="beta", initializer=self.beta_initializer, **weights)
+    statistics = {**weights, "trainable": False, "aggregation": "mean"}
+    self.moving_mean = self.add_weight(name="moving_mean", initializer="zeros", **statistics)
+    self.moving_variance = self.add_weight(name="moving_variance", initializer="ones", **statistics)
+
+  def call(self, inputs, training=False):
+    if not (training and self.trainable):
+      return self._normalize(inputs, self.moving_mean, self.moving_variance)
+    groups = self._groups(inputs)
+    # [g·n, …, C] → [n, positions, 1, g·C]: a group becomes a set of channels of its own, which
+    # makes the fused kernel's "per channel" mean "per group and channel". One group needs no move.
+    one = isinstance(groups, int) and groups == 1
+    channels = inputs.shape[-1]
+    if one and inputs.shape.rank == 4:
+      grouped = inputs
+    else:
+      batch = tf.shape(inputs)[0]
+      positions = tf.size(inputs) // (batch * channels)
+      grouped = tf.reshape(inputs, [groups, batch // groups, positions, channels])
+      grouped = tf.transpose(grouped, [1, 2, 0, 3])
+      grouped = tf.reshape(grouped, [batch // groups, positions, 1, groups * channels])
+    scale = tf.tile(tf.convert_to_tensor(self.gamma), [groups])
+    offset = tf.tile(tf.convert_to_tensor(self.beta), [groups])
+    outputs, mean, variance = self._normalize_batch(grouped, scale, offset)
+    mean = tf.reduce_mean(tf.reshape(mean, [groups, channels]), axis=0)
+    variance = tf.reduce_mean(tf.reshape(variance, [groups, channels]), axis=0)
+    for moving, statistic in ((self.moving_mean, mean), (self.moving_variance, variance)):
+      moving.assign(moving * self.momentum + statistic * (1 - self.momentum))
+    if grouped is not inputs:
+      outputs = tf.reshape(outputs, [batch // groups, positions, groups, channels])
+      outputs = tf.reshape(tf.transpose(outputs, [2, 0, 1, 3]), tf.shape(inputs))
+      outputs.set_shape(inputs.shape)
+    return outputs
+
+  def _groups(self, inputs):
+    """g, as an int where the batch is known while tracing, else as a checked tensor."""
+    n = self.per_worker_batch_size
+    batch = inputs.shape[0]
+    if n is None:
+      return 1
+    if batch is not None:
+      if batch % n:
+        raise ValueError(
+          f"{self.name}: a batch of {batch} images is no whole number of groups of "
+          f"per_worker_batch_size={n}; give multiples of {n} (drop the remainder)."
+        )
+      return batch // n
+    batch = tf.shape(inputs)[0]
+    message = f"{self.name}: the batch is no whole number of groups of per_worker_batch_size={n}."
+    with tf.control_dependencies([tf.debugging.assert_equal(batch % n, 0, message)]):
+      return batch // n
+
+  def _normalize_batch(self, x, scale, offset):
+    """Normalises by x's own statistics: (outputs, mean, unbiased variance), over all but C."""
+    if x.dtype in _FUSED_DTYPES:
+      empty = tf.zeros([0], scale.dtype)
+      outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=x,
+        scale=scale,
+        offset=offset,
+        mean=empty,
+        variance=empty,
+        epsilon=self.epsilon,
+        is_training=True,
+      )
+      return outputs, mean, variance
+    mean, variance = tf.nn.moments(x, axes=[0, 1, 2])
+    outputs = tf.nn.batch_normalization(x, mean, variance, offset, scale, self.epsilon)
+    count = tf.cast(tf.size(x) // tf.size(mean), x.dtype)
+    return outputs, mean, variance * count / tf.maximum(count - 1, 1)
+
+  def _normalize(self, inputs, mean, variance):
+    """Normalises by the given statistics."""
+    if inputs.dtype not in _FUSED_DTYPES:
+      return tf.nn.batch_normalization(inputs, mean, variance, self.beta, self.gamma, self.epsilon)
+    four_d = inputs
+    if inputs.shape.rank != 4:
+      four_d = tf.reshape(inputs, [tf.shape(inputs)[0], -1, 1, inputs.shape[-1]])
+    outputs = tf.raw_ops.FusedBatchNormV3(
+      x=four_d,
+      scale=tf.convert_to_tensor(self.gamma),
+      offset=tf.convert_to_tensor(self.beta),
+      mean=tf.convert_to_tensor(mean),
+      variance=tf.convert_to_tensor(variance),
+      epsilon=self.epsilon,
+      is_training=False,
+    ).y
+    return outputs if four_d is inputs else tf.reshape(outputs, tf.shape(inputs))
+
+  def compute_output_shape(self, input_shape):
+    return input_shape
+
+  def get_config(self):
+    return {
+      **super().get_config(),
+      "per_worker_batch_size": self.per_worker_batch_size,
+      "momentum": self.momentum,
+      "epsilon": self.epsilon,
+      "gamma_initializer": keras.initializers.serialize(self.gamma_initializer),
+      "beta_initializer": keras.initializers.serialize(self.beta_initializer),
+    }

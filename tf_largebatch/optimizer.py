@@ -1,0 +1,138 @@
+"""SGD with momentum that stays right while the learning rate changes."""
+
+import keras
+import tensorflow as tf
+
+
+@keras.saving.register_keras_serializable(package="tf_largebatch")
+class MomentumCorrectedSGD(keras.optimizers.Optimizer):
+  """The paper's SGD: momentum corrected for the rate (remark 2), coupled L2 (remark 1).
+
+  With g the gradient of the loss plus λ·w for decayed weights, each step is
+
+      v ← m · (η_{t+1} / η_t) · v + η_{t+1} · g          (eq. 10 with the correction)
+      w ← w − v                                          (or, with Nesterov: w ← w − (m · v + η_{t+1} · g))
+
+  which equals eq. 9, u ← m · u + g, w ← w − η_{t+1} · u, by v = η · u, for any sequence of rates,
+  from a schedule or assigned by hand. `keras.optimizers.SGD` is eq. 10 without the factor: a
+  rising rate makes its old momentum too small and a falling one too large. A rate of 0 leaves the
+  weights alone while the momentum goes on as in eq. 9: the buffer keeps the last other rate.
+
+  Weight decay is the gradient of λ/2‖w‖², once for the minibatch, on variables whose name ends in
+  "kernel" (convolutions and dense layers), never on γ, β or biases; `exclude_from_weight_decay`
+  takes out more. Keras' own `weight_decay` is decoupled (it by-passes the momentum), and its
+  L2(λ) has the gradient 2λw.
+
+  Source: Goyal et al. 2017 (arXiv 1706.02677), §3, eqs. 8 to 10; Sutskever et al. 2013 (Nesterov).
+
+  Args:
+    learning_rate: η, a float, a `LearningRateSchedule` or a callable.
+    momentum: m, in [0, 1).
+    nesterov: step by the momentum as it will be, not as it is.
+    momentum_correction: False is the ablation, eq. 10 as it stands.
+    weight_decay: λ.
+    name: of the optimizer.
+
+  The momentum buffers and the rate they are scaled by are part of the optimizer's saved state.
+
+  Raises:
+    ValueError: momentum or weight_decay is out of range.
+  """
+
+  def __init__(
+    self,
+    learning_rate=0.1,
+    momentum=0.9,
+    nesterov=True,
+    momentum_correction=True,
+    weight_decay=0.0,
+    name="MomentumCorrectedSGD",
+  ):
+    # The base class' weight_decay would be the decoupled one, so it stays None.
+    super().__init__(learning_rate=learning_rate, name=name)
+    if not 0 <= momentum < 1:
+      raise ValueError(f"momentum must lie in [0, 1), not {momentum}.")
+    if weight_decay < 0:
+      raise ValueError(f"weight_decay must be at least 0, not {weight_decay}.")
+    self.momentum = momentum
+    self.nesterov = nesterov
+    self.momentum_correction = momentum_correction
+    self.coupled_weight_decay = weight_decay
+
+  def build(self, variables):
+    if self.built:
+      return
+    super().build(variables)
+    self.momentums = self.add_optimizer_variables(variables, "momentum")
+    # The rate η that the buffers v = η · u are scaled by; 0 before the first step.
+    self.buffer_learning_rate = self.add_variable(
+      shape=(), name="buffer_learning_rate", aggregation="only_first_replica"
+    )
+    self._decayed = [
+      variable.name.split(":")[0].endswith("kernel") and self._use_weight_decay(variable)
+      for variable in variables
+    ]
+
+  def apply(self, grads, trainable_variables=None):
+    # The rate of this step: the base class counts the step before it returns.
+    learning_rate = self.learning_rate
+    super().apply(grads, trainable_variables)
+    if len(grads) > 0:
+      scale, _ = self._buffer_scale(learning_rate, self.buffer_learning_rate.dtype)
+      self.buffer_learning_rate.assign(scale)
+
+  def momentum_correction_factor(self):
+    """η_{t+1} / η_t for the step that comes next (1 before the first step, or without correction)."""
+    if not (self.built and self.momentum_correction):
+      return tf.ones([], keras.config.floatx())
+    return self._buffer_scale(self.learning_rate, self.buffer_learning_rate.dtype)[1]
+
+  def _buffer_scale(self, learning_rate, dtype):
+    """The rate that this step's buffer is scaled by, and the factor that takes the old one there."""
+    learning_rate = tf.cast(learning_rate, dtype)
+    last = tf.cast(self.buffer_learning_rate, dtype)
+    known = last != 0
+    # Where the rate is 0, v = 0 · u would forget u: keep the last scale (any, at the start).
+    scale = tf.where(learning_rate != 0, learning_rate, tf.where(known, last, tf.ones_like(last)))
+    # Divided only where it may be: 0 / 0 must not appear even in the branch not taken.
+    factor = tf.where(known, scale / tf.where(known, last, tf.ones_like(last)), 1)
+    return scale, factor
+
+  def update_step(self, gradient, variable, learning_rate):
+    dtype = variable.dtype
+    index = self._get_variable_index(variable)
+    buffer = self.momentums[index]
+    momentum = tf.constant(self.momentum, dtype)
+    gradient = tf.cast(tf.convert_to_tensor(gradient), dtype)
+    if self._decayed[index] and self.coupled_weight_decay:
+      gradient += tf.constant(self.coupled_weight_decay, dtype) * variable
+    scale = tf.cast(learning_rate, dtype)
+    moves = tf.ones([], dtype)
+    decay = momentum
+    if self.momentum_correction:
+      moves = tf.cast(scale != 0, dtype)
+      scale, factor = self._buffer_scale(learning_rate, dtype)
+      decay = momentum * factor
+    velocity = decay * buffer + scale * gradient
+    self.assign(buffer, velocity)
+    if self.nesterov:
+      self.assign_sub(variable, (moves * momentum) * velocity + (moves * scale) * gradient)
+    else:
+      self.assign_sub(variable, moves * velocity)
+
+  def get_config(self):
+    learning_rate = self._learning_rate
+    if isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule):
+      learning_rate = keras.optimizers.schedules.serialize(learning_rate)
+    elif isinstance(learning_rate, keras.Variable):
+      learning_rate = float(learning_rate.numpy())
+    else:  # A callable.
+      learning_rate = keras.saving.serialize_keras_object(learning_rate)
+    return {
+      "learning_rate": learning_rate,
+      "momentum": self.momentum,
+      "nesterov": self.nesterov,
+      "momentum_correction": self.momentum_correction,
+      "weight_decay": self.coupled_weight_decay,
+      "name": self.name,
+    }
