@@ -98,6 +98,16 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     factor = tf.where(known, scale / tf.where(known, last, tf.ones_like(last)), 1)
     return scale, factor
 
+  def _backend_update_step(self, grads, trainable_variables, learning_rate):
+    if not tf.distribute.in_cross_replica_context():
+      # A replica's own gradients, as in `fit`: Keras sums them over the replicas (SUM, not mean).
+      super()._backend_update_step(grads, trainable_variables, learning_rate)
+      return
+    # The caller has summed them (`step`, in one reduction with all else): only update the copies.
+    values = [getattr(variable, "value", variable) for variable in trainable_variables]
+    strategy = tf.distribute.get_strategy()
+    self._distributed_tf_update_step(strategy, zip(grads, values, strict=True), learning_rate)
+
   def update_step(self, gradient, variable, learning_rate):
     dtype = variable.dtype
     index = self._get_variable_index(variable)

@@ -1,0 +1,147 @@
+"""One training step of k workers on any number of replicas, and its counterpart in evaluation.
+
+A worker's pass is a pure function of the weights and its n images. A replica runs the passes of the
+workers it carries one after the other and adds up what they return; one all-reduce adds up the
+replicas; then every replica makes the same update. Where a worker runs changes nothing but the
+order in which floats are summed.
+"""
+
+from collections.abc import Callable
+
+import keras
+import tensorflow as tf
+
+from tf_largebatch.recipe import Recipe
+
+
+def _loss_sum(recipe: Recipe, labels, logits):
+  """Σ over the images of the cross-entropy (a scalar in the logits' dtype)."""
+  smoothing, classes = recipe.label_smoothing, logits.shape[-1]
+  targets = tf.one_hot(labels, classes, 1 - smoothing + smoothing / classes, smoothing / classes)
+  targets = tf.cast(targets, logits.dtype)
+  return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
+
+
+def _error_count(labels, logits, weights=1.0):
+  """How many images' most likely class is not their label (top-1)."""
+  wrong = tf.argmax(logits, axis=-1, output_type=labels.dtype) != labels
+  return tf.reduce_sum(tf.cast(wrong, logits.dtype) * tf.cast(weights, logits.dtype))
+
+
+def _tensors(variables):
+  return [tf.convert_to_tensor(variable.value) for variable in variables]
+
+
+def _replica_sums(model: keras.Model, recipe: Recipe, images, labels):
+  """What the workers of one replica add to the step.
+
+  Args:
+    images: uint8 `[workers on this replica, n, H, W, C]`.
+    labels: int32 `[workers on this replica, n]`.
+
+  Returns:
+    (gradients, moving statistics, loss, error): the workers' sums, each already divided by the kn
+    images (loss, gradients, error: remark 3) or the k workers (statistics) of the whole step, so
+    that adding up the replicas completes them.
+  """
+  weights = _tensors(model.trainable_variables)
+  statistics = _tensors(model.non_trainable_variables)
+  images_in_step, workers = recipe.global_batch_size, recipe.workers
+
+  def worker_pass(images, labels):
+    with tf.GradientTape() as tape:
+      tape.watch(weights)
+      # Each worker starts from the same statistics; the mean of their updates is the update of
+      # their mean, for the recurrence is linear.
+      logits, updates = model.stateless_call(weights, statistics, images, training=True)
+      loss = _loss_sum(recipe, labels, logits) / images_in_step
+    gradients = tape.gradient(loss, weights)
+    error = _error_count(labels, logits) / images_in_step
+    return gradients, [update / workers for update in updates], loss, error
+
+  def add_worker(index, sums):
+    addends = worker_pass(tf.gather(images, index), tf.gather(labels, index))
+    return index + 1, tf.nest.map_structure(tf.add, sums, addends)
+
+  zero = tf.zeros([], keras.config.floatx())
+  zeros = ([tf.zeros_like(w) for w in weights], [tf.zeros_like(s) for s in statistics], zero, zero)
+  count = images.shape[0]
+  _, sums = tf.while_loop(
+    lambda index, _: index < count, add_worker, (0, zeros), parallel_iterations=1
+  )
+  return sums
+
+
+def make_train_step(
+  strategy: tf.distribute.Strategy, model: keras.Model, optimizer, recipe: Recipe
+) -> Callable:
+  """Builds the step; model and optimizer were created in `strategy.scope()`.
+
+  Returns:
+    A function of one element of a distributed `input_pipeline.train_dataset` that updates the model
+    and returns scalars by name: loss and error (means over the kn images), learning_rate,
+    momentum_correction_factor, and the norms of the step's summed gradient (without weight decay)
+    and of the weights before the step.
+  """
+
+  def update(strategy, sums):
+    """Runs once for all replicas, with sums that are equal on each."""
+    gradients, statistics = sums
+    for variable, statistic in zip(model.non_trainable_variables, statistics, strict=True):
+      strategy.extended.update(variable.value, lambda v, new: v.assign(new), args=(statistic,))
+    # In cross-replica context the optimizer does not reduce the gradients a second time.
+    optimizer.apply(gradients, model.trainable_variables)
+
+  def replica_step(images, labels):
+    replica = tf.distribute.get_replica_context()
+    sums = _replica_sums(model, recipe, images, labels)
+    # The one all-reduce of the step: gradients, statistics, loss and error together.
+    totals = replica.all_reduce(tf.distribute.ReduceOp.SUM, tf.nest.flatten(sums))
+    gradients, statistics, loss, error = tf.nest.pack_sequence_as(sums, totals)
+    scalars = {
+      "loss": loss,
+      "error": error,
+      "learning_rate": tf.cast(optimizer.learning_rate, loss.dtype),
+      "momentum_correction_factor": optimizer.momentum_correction_factor(),
+      "gradient_norm": tf.linalg.global_norm(gradients),
+      "weight_norm": tf.linalg.global_norm(_tensors(model.trainable_variables)),
+    }
+    with tf.control_dependencies(list(scalars.values())):  # Read before the update.
+      gradients = [tf.identity(gradient) for gradient in gradients]
+    replica.merge_call(update, args=((gradients, statistics),))
+    return scalars
+
+  @tf.function
+  def train_step(batch):
+    # Every replica returns the same totals: any copy will do.
+    scalars = strategy.run(replica_step, args=batch)
+    return {name: strategy.experimental_local_results(v)[0] for name, v in scalars.items()}
+
+  return train_step
+
+
+def make_evaluation_step(
+  strategy: tf.distribute.Strategy, model: keras.Model, recipe: Recipe
+) -> Callable:
+  """Builds the evaluation of one element of a distributed `input_pipeline.evaluation_dataset`.
+
+  Returns:
+    A function that returns the sums over all replicas of the (weighted) loss, errors and weights.
+  """
+
+  def replica_step(images, labels, weights):
+    logits = model(images, training=False)
+    weights = tf.cast(weights, logits.dtype)
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    sums = [
+      tf.reduce_sum(losses * weights),
+      _error_count(labels, logits, weights),
+      tf.reduce_sum(weights),
+    ]
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, sums)
+
+  @tf.function
+  def evaluation_step(batch):
+    return [strategy.experimental_local_results(v)[0] for v in strategy.run(replica_step, args=batch)]
+
+  return evaluation_step
