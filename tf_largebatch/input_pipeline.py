@@ -47,11 +47,8 @@ def example_ids(recipe: Recipe, train_examples: int, step: int, worker: int) -> 
   epoch, step_in_epoch = _split_step(recipe, train_examples, step)
   n = recipe.per_worker_batch_size
   first = step_in_epoch * recipe.global_batch_size + worker * n
-  ids = tf.map_fn(
-    lambda position: _example_id(recipe, train_examples, epoch, position),
-    tf.range(first, first + n, dtype=tf.int64),
-  )
-  return ids.numpy()
+  positions = tf.range(first, first + n, dtype=tf.int64)
+  return _example_id(recipe, train_examples, epoch, positions).numpy()
 
 
 def train_dataset(

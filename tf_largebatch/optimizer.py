@@ -66,7 +66,10 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     self.momentums = self.add_optimizer_variables(variables, "momentum")
     # The rate η that the buffers v = η · u are scaled by; 0 before the first step.
     self.buffer_learning_rate = self.add_variable(
-      shape=(), name="buffer_learning_rate", aggregation="only_first_replica"
+      shape=(),
+      dtype=variables[0].dtype,
+      aggregation="only_first_replica",
+      name="buffer_learning_rate",
     )
     self._decayed = [
       variable.name.split(":")[0].endswith("kernel") and self._use_weight_decay(variable)

@@ -28,6 +28,7 @@ _IN_MEMORY_BYTES = 2 * 2**30
 class SourceDefaults:
   """What a data set brings to a recipe that does not say (pixel units, 0 to 255)."""
 
+  image_shape: tuple[int, int, int] | None
   validation_split: str
   channel_mean: tuple[float, ...]
   channel_std: tuple[float, ...]
@@ -141,27 +142,29 @@ _SYNTHETIC_SPLITS = {"train": 1_281_167, "validation": 50_000}
 _SYNTHETIC_CLASSES = 1000
 
 
-def defaults(dataset: str, data_dir: str) -> SourceDefaults:
+def defaults(dataset: str, data_dir: str, validation_split: str | None = None) -> SourceDefaults:
   """What the data set says where the recipe does not.
 
   Raises:
-    UserError: the data set has neither a validation nor a test split.
+    UserError: no validation split was named, and the data set has neither a validation nor a test
+      split; or it is not one of image classification.
   """
-  splits, channels = list(_SYNTHETIC_SPLITS), 3
+  splits, shape = list(_SYNTHETIC_SPLITS), (None, None, 3)
   if dataset != "synthetic":
     info = _builder(dataset, data_dir).info
-    splits, channels = list(info.splits), info.features[_keys(info)[0]].shape[-1] or 3
-  for split in ("validation", "test"):
-    if split in splits:
-      break
-  else:
-    raise UserError(
-      f"{dataset} has no validation or test split (its splits: {', '.join(splits)}); name one, or "
-      "a slice that the training split leaves out, by validation_split."
-    )
+    splits, shape = list(info.splits), info.features[_keys(info)[0]].shape
+  if validation_split is None:
+    found = [split for split in ("validation", "test") if split in splits]
+    if not found:
+      raise UserError(
+        f"{dataset} has no validation or test split (it has {', '.join(splits)}); name one by "
+        "validation_split, or a slice of train that train_split leaves out."
+      )
+    validation_split = found[0]
+  channels = shape[-1] or 3
   fallback = _IMAGENET_STATISTICS if channels == 3 else ((127.5,) * channels, (64.0,) * channels)
-  name = dataset.split("/")[0].split(":")[0]
-  return SourceDefaults(split, *_CHANNEL_STATISTICS.get(name, fallback))
+  statistics = _CHANNEL_STATISTICS.get(dataset.split("/")[0].split(":")[0], fallback)
+  return SourceDefaults(None if None in shape else tuple(shape), validation_split, *statistics)
 
 
 def open_source(dataset: str, split: str, data_dir: str, image_size: int | None = None):
@@ -229,8 +232,8 @@ def _keys(info) -> tuple[str, str]:
   import tensorflow_datasets as tfds
 
   keys = info.supervised_keys
-  if keys and len(keys) == 2:
-    image, label = (info.features.get(key) for key in keys)
+  if keys and len(keys) == 2 and all(key in info.features for key in keys):
+    image, label = (info.features[key] for key in keys)
     if isinstance(image, tfds.features.Image) and isinstance(label, tfds.features.ClassLabel):
       return keys
   raise UserError(

@@ -16,9 +16,11 @@ from tf_largebatch.recipe import Recipe
 
 def _loss_sum(recipe: Recipe, labels, logits):
   """Σ over the images of the cross-entropy (a scalar in the logits' dtype)."""
-  smoothing, classes = recipe.label_smoothing, logits.shape[-1]
-  targets = tf.one_hot(labels, classes, 1 - smoothing + smoothing / classes, smoothing / classes)
-  targets = tf.cast(targets, logits.dtype)
+  classes = logits.shape[-1]
+  rest = recipe.label_smoothing / classes
+  targets = tf.one_hot(
+    labels, classes, 1 - recipe.label_smoothing + rest, rest, dtype=logits.dtype
+  )
   return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
 
 
@@ -63,7 +65,7 @@ def _replica_sums(model: keras.Model, recipe: Recipe, images, labels):
     addends = worker_pass(tf.gather(images, index), tf.gather(labels, index))
     return index + 1, tf.nest.map_structure(tf.add, sums, addends)
 
-  zero = tf.zeros([], keras.config.floatx())
+  zero = tf.zeros([], weights[0].dtype)
   zeros = ([tf.zeros_like(w) for w in weights], [tf.zeros_like(s) for s in statistics], zero, zero)
   count = images.shape[0]
   _, sums = tf.while_loop(
@@ -120,9 +122,7 @@ def make_train_step(
   return train_step
 
 
-def make_evaluation_step(
-  strategy: tf.distribute.Strategy, model: keras.Model, recipe: Recipe
-) -> Callable:
+def make_evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model) -> Callable:
   """Builds the evaluation of one element of a distributed `input_pipeline.evaluation_dataset`.
 
   Returns:

@@ -1,0 +1,240 @@
+"""Which example each worker sees, and what becomes of its image."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_largebatch import input_pipeline, sources
+from tf_largebatch.recipe import Recipe
+
+# 103 examples, k = 4 workers of n = 6: 4 steps of 24 an epoch, a tail of 7.
+EXAMPLES = 103
+RECIPE = Recipe(
+  dataset="test",
+  validation_split="validation",
+  image_size=8,
+  augmentation="none",
+  channel_mean=(10.4, 20.0, 30.0),
+  channel_std=(1.0, 1.0, 1.0),
+  network="resnet20",
+  workers=4,
+  per_worker_batch_size=6,
+  epochs=3,
+  warmup_epochs=1,
+  decay_epochs=(2,),
+  seed=5,
+)
+EPOCH_STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def source():
+  """Images of noise; the label of an example is its id."""
+  images = np.random.default_rng(0).integers(0, 256, (EXAMPLES, 8, 8, 3)).astype(np.uint8)
+  return sources.ArraySource(images, np.arange(EXAMPLES), EXAMPLES)
+
+
+def ids_of_step(step, recipe=RECIPE):
+  return np.stack([input_pipeline.example_ids(recipe, EXAMPLES, step, w) for w in range(4)])
+
+
+def ids_of_epoch(epoch, recipe=RECIPE):
+  first = epoch * EPOCH_STEPS
+  return np.stack([ids_of_step(step, recipe) for step in range(first, first + EPOCH_STEPS)])
+
+
+def test_an_epoch_sees_every_example_at_most_once():
+  for epoch in range(3):
+    ids = ids_of_epoch(epoch).ravel()
+    assert len(ids) == len(set(ids)) == EXAMPLES - 7
+    assert set(ids) <= set(range(EXAMPLES))
+
+
+def test_the_tail_changes_from_epoch_to_epoch():
+  left_out = [set(range(EXAMPLES)) - set(ids_of_epoch(epoch).ravel()) for epoch in range(3)]
+  assert len(set(map(frozenset, left_out))) == 3
+
+
+def test_the_shuffle_depends_on_seed_and_epoch_and_mixes_the_workers():
+  epochs = [ids_of_epoch(epoch) for epoch in range(3)]
+  other_seed = ids_of_epoch(0, dataclasses.replace(RECIPE, seed=6))
+  for other in (epochs[1], epochs[2], other_seed):
+    assert np.mean(epochs[0] == other) < 0.1
+  # One shuffle for all workers: the examples that worker 0 sees are not the same every epoch.
+  assert set(epochs[0][:, 0].ravel()) != set(epochs[1][:, 0].ravel())
+
+
+def test_the_shuffle_is_of_examples_not_of_their_grouping():
+  """2 workers of 12 and 4 of 6 see the same examples at each step, in the same order."""
+  regrouped = dataclasses.replace(RECIPE, workers=2, per_worker_batch_size=12)
+  for step in (0, 3, 4, 11):
+    two = [input_pipeline.example_ids(regrouped, EXAMPLES, step, w) for w in range(2)]
+    np.testing.assert_array_equal(np.concatenate(two), ids_of_step(step).ravel())
+
+
+def task_batches(recipe, source, tasks, replicas_per_task, first_step, steps):
+  """The batches of all replicas, [step][replica] → (images, labels)."""
+  per_task, per_replica = 4 // tasks, 4 // (tasks * replicas_per_task)
+  iterators = [
+    input_pipeline.train_dataset(
+      recipe,
+      source,
+      first_worker=task * per_task,
+      num_workers=per_task,
+      workers_per_replica=per_replica,
+      first_step=first_step,
+    ).as_numpy_iterator()
+    for task in range(tasks)
+  ]
+  return [
+    [next(iterators[task]) for task in range(tasks) for _ in range(replicas_per_task)]
+    for _ in range(steps)
+  ]
+
+
+@pytest.mark.parametrize("first_step", [0, 6])
+@pytest.mark.parametrize("tasks, replicas", [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)])
+def test_the_pipeline_delivers_just_those_ids(source, tasks, replicas, first_step):
+  """… on any cluster, from any step on, across the ends of epochs."""
+  batches = task_batches(RECIPE, source, tasks, replicas, first_step, 6)
+  for offset, step_batches in enumerate(batches):
+    labels = np.concatenate([labels for _, labels in step_batches])
+    np.testing.assert_array_equal(labels, ids_of_step(first_step + offset))
+    for images, labels in step_batches:
+      assert images.dtype == np.uint8
+      np.testing.assert_array_equal(images, source._images.numpy()[labels])
+
+
+@pytest.mark.parametrize("augmentation", ["pad_crop", "area_crop"])
+def test_augmentation_is_the_same_on_every_cluster_and_changes_with_the_epoch(source, augmentation):
+  recipe = dataclasses.replace(RECIPE, augmentation=augmentation)
+
+  def images(tasks, replicas, first_step, steps):
+    batches = task_batches(recipe, source, tasks, replicas, first_step, steps)
+    return np.stack([np.concatenate([x for x, _ in step]) for step in batches])
+
+  whole = images(1, 1, 0, 6)
+  np.testing.assert_array_equal(images(4, 1, 0, 6), whole)
+  np.testing.assert_array_equal(images(2, 2, 3, 3), whole[3:])
+  first = {i: x for i, x in zip(ids_of_epoch(0).ravel(), whole[:4].reshape(-1, 8, 8, 3))}
+  second = {i: x for i, x in zip(ids_of_step(4).ravel(), whole[4].reshape(-1, 8, 8, 3))}
+  changed = [np.any(first[i] != second[i]) for i in first.keys() & second.keys()]
+  assert len(changed) > 10 and np.mean(changed) > 0.9
+  flips = dataclasses.replace(recipe, seed=6)
+  assert np.any(task_batches(flips, source, 1, 1, 0, 1)[0][0][0] != whole[0])
+
+
+def test_pad_crop_pads_with_the_mean_shifts_by_up_to_four_and_flips(source):
+  recipe = dataclasses.replace(RECIPE, augmentation="pad_crop")
+  seen = set()
+  for step in task_batches(recipe, source, 1, 1, 0, 12):
+    for image, label in zip(step[0][0].reshape(-1, 8, 8, 3), step[0][1].ravel(), strict=True):
+      padded = np.empty((16, 16, 3), np.uint8)
+      padded[:] = (10, 20, 30)
+      padded[4:12, 4:12] = source._images.numpy()[label]
+      candidates = {
+        (top, left, flip): padded[top : top + 8, left : left + 8][:, :: -1 if flip else 1]
+        for top in range(9)
+        for left in range(9)
+        for flip in (False, True)
+      }
+      found = [key for key, value in candidates.items() if np.array_equal(value, image)]
+      assert found, "the image is no shift of the padded original"
+      seen.add(found[0])
+  assert {top for top, _, _ in seen} == {left for _, left, _ in seen} == set(range(9))
+  assert {flip for _, _, flip in seen} == {False, True}
+
+
+@pytest.mark.parametrize("shape", [(375, 500, 3), (500, 375, 3), (64, 64, 3)])
+def test_random_area_has_the_papers_area_and_aspect(shape):
+  seeds = tf.stack([tf.zeros(3000, tf.int64), tf.range(3000, dtype=tf.int64)], 1)
+  crops = tf.map_fn(
+    lambda seed: input_pipeline._random_area(shape, seed),
+    seeds,
+    fn_output_signature=tf.TensorSpec([4], tf.int32),
+  ).numpy()
+  top, left, height, width = crops.T
+  assert np.all((top >= 0) & (left >= 0) & (top + height <= shape[0]) & (left + width <= shape[1]))
+  share = height * width / (shape[0] * shape[1])
+  # Rounding to whole pixels moves a side by at most one half.
+  slack = 0.5 / np.minimum(height, width)
+  assert np.all(share >= 0.08 * (1 - slack) ** 2) and np.all(share <= 1)
+  aspect = width / height
+  assert np.all(aspect <= 4 / 3 * (1 + 3 * slack)) and np.all(aspect >= 3 / 4 / (1 + 3 * slack))
+  assert share.min() < 0.1 and share.max() > 0.85 and aspect.min() < 0.78 and aspect.max() > 1.3
+  assert 0.45 < np.mean(np.log(aspect) > 0) < 0.55 or shape[0] != shape[1]
+  # Crops fall left and right, above and below alike.
+  room = shape[1] - width
+  assert 0.47 < np.mean(left[room > 20] / room[room > 20]) < 0.53
+
+
+def test_random_area_of_a_sliver_falls_back_to_a_centre_crop():
+  crop = input_pipeline._random_area((1000, 10, 3), tf.constant([0, 0], tf.int64)).numpy()
+  np.testing.assert_array_equal(crop, [493, 0, 13, 10])
+
+
+def test_the_centre_crop_is_224_of_a_shorter_side_of_256():
+  np.testing.assert_array_equal(input_pipeline._center((256, 512, 3)), [16, 144, 224, 224])
+  np.testing.assert_array_equal(input_pipeline._center((1000, 500, 3)), [281, 31, 438, 438])
+
+
+class EncodedSource:
+  """One encoded image of a shape that is not known beforehand."""
+
+  image_shape = None
+  num_examples = 24
+  num_classes = 1
+
+  def __init__(self, encoded):
+    self.encoded = encoded
+
+  def read(self, index):
+    return tf.constant(self.encoded), tf.cast(index, tf.int32)
+
+
+@pytest.mark.parametrize("encode", [tf.io.encode_png, tf.io.encode_jpeg])
+def test_encoded_images_are_cropped_as_decoded_ones(encode):
+  smooth = np.linspace(0, 255, 90)[:, None, None] * np.ones((1, 70, 3))
+  encoded = encode(tf.constant(smooth.astype(np.uint8))).numpy()
+  decoded = tf.io.decode_image(encoded, channels=3).numpy()
+  recipe = dataclasses.replace(RECIPE, augmentation="area_crop", image_size=16)
+  array = sources.ArraySource(np.repeat(decoded[None], 24, 0), np.arange(24), 1)
+  for make in (
+    lambda s: task_batches(recipe, s, 1, 1, 0, 1)[0][0][0],
+    lambda s: next(evaluation(recipe, s, 24, 1, 1)[0])[0],
+  ):
+    difference = make(EncodedSource(encoded)).astype(int) - make(array).astype(int)
+    # A JPEG that is decoded in part may round the chroma at the crop's edge otherwise.
+    assert np.max(np.abs(difference)) <= (0 if encode is tf.io.encode_png else 2)
+
+
+def evaluation(recipe, source, batch_size, tasks, replicas):
+  return [
+    input_pipeline.evaluation_dataset(
+      recipe,
+      source,
+      batch_size=batch_size,
+      first_replica=task * replicas,
+      num_replicas=replicas,
+      replicas=tasks * replicas,
+    ).as_numpy_iterator()
+    for task in range(tasks)
+  ]
+
+
+@pytest.mark.parametrize("tasks, replicas", [(1, 1), (4, 1), (2, 3)])
+@pytest.mark.parametrize("batch_size", [1, 10, 103, 200])
+def test_evaluation_counts_every_example_once(source, batch_size, tasks, replicas):
+  iterators = evaluation(RECIPE, source, batch_size, tasks, replicas)
+  steps = input_pipeline.evaluation_steps(source, batch_size, tasks * replicas)
+  counted = []
+  for _ in range(steps):
+    for iterator in iterators:
+      for _ in range(replicas):
+        images, labels, weights = next(iterator)
+        assert set(weights) <= {0.0, 1.0}
+        np.testing.assert_array_equal(images, source._images.numpy()[labels])
+        counted.extend(labels[weights == 1])
+  assert sorted(counted) == list(range(EXAMPLES))

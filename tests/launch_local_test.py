@@ -1,0 +1,205 @@
+"""Tests of `tools.launch_local`, with a tiny module in place of the trainer."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tf_largebatch.cluster import read_cluster
+
+_ROOT = pathlib.Path(__file__).parent.parent
+
+
+@contextlib.contextmanager
+def _launch(tmp_path, program, *arguments, tasks=2, **environ):
+  """Yields a launcher of `program`, which knows its `rank`."""
+  (tmp_path / "tiny.py").write_text(
+    "import json, os, signal, subprocess, sys, time\n"
+    "rank = json.loads(os.environ['TF_CONFIG'])['task']['index']\n" + program
+  )
+  path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+  command = [sys.executable, "-m", "tools.launch_local", f"--tasks={tasks}", "--module=tiny"]
+  inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+  launcher = subprocess.Popen(
+    [*command, "--", *arguments],
+    cwd=_ROOT,
+    env={**inherited, "PYTHONPATH": path, **environ},
+    stdin=subprocess.PIPE,  # Left open: a task that read it would wait.
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    yield launcher
+  finally:
+    launcher.kill()
+    launcher.wait()
+    launcher.stdin.close()
+    launcher.stdout.close()
+    launcher.stderr.close()
+
+
+def _read_pids(launcher, count):
+  """Reads `count` lines, each with a process id, while the processes run."""
+  return [int(launcher.stdout.readline().split()[-1]) for _ in range(count)]
+
+
+def _wait_until_gone(pids, seconds=10.0):
+  """Waits until no process of these is left, zombies of a lazy init apart."""
+
+  def runs(pid):
+    try:
+      return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+      return False
+
+  deadline = time.monotonic() + seconds
+  while left := [pid for pid in pids if runs(pid)]:
+    if time.monotonic() > deadline:
+      for pid in left:
+        os.kill(pid, signal.SIGKILL)
+      pytest.fail(f"{len(left)} of {len(pids)} processes still ran")
+    time.sleep(0.02)
+
+
+def test_prefixes_every_line_whole_and_in_order(tmp_path):
+  program = """
+for i in range(100):
+  for part in ("x" * 50, str(rank), f" {i}\\n"):
+    (sys.stdout if i % 2 else sys.stderr).write(part)
+sys.stdout.write("1%\\r2%\\rlast")
+"""
+  with _launch(tmp_path, program, tasks=3) as launcher:
+    stdout, stderr = launcher.communicate(timeout=30)
+  assert (launcher.returncode, stderr) == (0, "")
+  lines = stdout.splitlines()
+  assert len(lines) == 3 * 103
+  for rank in range(3):
+    own = [line for line in lines if line.startswith(f"[task {rank}] ")]
+    expected = [f"{'x' * 50}{rank} {i}" for i in range(100)] + ["1%", "2%", "last"]
+    assert own == [f"[task {rank}] {line}" for line in expected]
+
+
+def test_each_task_gets_its_place_its_flags_and_its_cores(tmp_path):
+  program = """
+names = ("TF_CONFIG", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
+print(json.dumps([sys.argv[1:], *(os.environ[name] for name in names)]))
+"""
+  environ = {"TF_NUM_INTRAOP_THREADS": "7", "TF_CONFIG": "of another run"}
+  with _launch(tmp_path, program, "--a=1", "--b", "c d", tasks=3, **environ) as launcher:
+    stdout, stderr = launcher.communicate(timeout=30)
+  assert (launcher.returncode, stderr) == (0, "")
+  clusters = {}
+  for line in stdout.splitlines():
+    rank, text = re.fullmatch(r"\[task (\d)\] (.*)", line).groups()
+    arguments, tf_config, intra, inter, openmp = json.loads(text)
+    clusters[int(rank)] = read_cluster({"TF_CONFIG": tf_config})
+    assert set(json.loads(tf_config)["cluster"]) == {"worker"}
+    assert arguments == ["--a=1", "--b", "c d"]
+    cores = len(os.sched_getaffinity(0))
+    assert (intra, inter, openmp) == ("7", str(max(1, cores // 3)), str(max(1, cores // 3)))
+  assert sorted(clusters) == [0, 1, 2]
+  for rank, cluster in clusters.items():
+    assert cluster.task_index == rank
+    assert cluster.tasks == clusters[0].tasks
+  assert len(set(clusters[0].tasks)) == 3
+  assert all(re.fullmatch(r"127\.0\.0\.1:\d+", address) for address in clusters[0].tasks)
+
+
+@pytest.mark.parametrize(
+  "end, status, how",
+  [
+    ("sys.exit(3)", 3, "status 3"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", 137, "signal 9"),
+  ],
+)
+def test_a_failed_task_ends_the_others(tmp_path, end, status, how):
+  program = f"""
+print(os.getpid())
+if rank == 1:
+  sys.stdin.read(1)  # End of file at once: the tasks have no input.
+  time.sleep(0.5)
+  {end}
+time.sleep(60)
+"""
+  with _launch(tmp_path, program, tasks=3) as launcher:
+    pids = _read_pids(launcher, 3)
+    start = time.monotonic()
+    launcher.wait(timeout=30)
+    assert time.monotonic() - start < 4  # SIGTERM did it: the grace was not used up.
+    stderr = launcher.stderr.read()
+  assert launcher.returncode == status
+  assert stderr == f"error: task 1 ended with {how}; ending the others\n"
+  _wait_until_gone(pids, seconds=0)
+
+
+def test_a_task_that_ignores_sigterm_is_killed_and_so_are_its_children(tmp_path):
+  program = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(subprocess.Popen(["sleep", "60"]).pid)
+print(os.getpid())
+if rank == 0:
+  time.sleep(0.5)
+  sys.exit(5)
+time.sleep(60)
+"""
+  with _launch(tmp_path, program) as launcher:
+    pids = _read_pids(launcher, 4)
+    launcher.wait(timeout=30)
+  assert launcher.returncode == 5
+  _wait_until_gone(pids, seconds=1)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_launcher_ends_the_tasks(tmp_path, number, status):
+  # The tasks themselves must find the signals as they are by default.
+  program = """
+assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+print(os.getpid())
+time.sleep(60)
+"""
+  with _launch(tmp_path, program) as launcher:
+    pids = _read_pids(launcher, 2)
+    launcher.send_signal(number)
+    start = time.monotonic()
+    launcher.wait(timeout=30)
+    assert time.monotonic() - start < 4
+  assert launcher.returncode == status
+  _wait_until_gone(pids, seconds=0)
+
+
+def test_no_task_outlives_a_killed_launcher(tmp_path):
+  # Tasks that would neither heed SIGTERM nor notice the closed pipe.
+  program = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(os.getpid())
+time.sleep(60)
+"""
+  with _launch(tmp_path, program) as launcher:
+    pids = _read_pids(launcher, 2)
+    launcher.kill()
+    _wait_until_gone(pids)
+
+
+@pytest.mark.parametrize(
+  "flag", ["--tasks=0", "--tasks=-2", "--module=no_such_module", "--module="]
+)
+def test_refuses_bad_flags_in_one_line(flag):
+  result = subprocess.run(
+    [sys.executable, "-m", "tools.launch_local", "--module=json.tool", flag],
+    cwd=_ROOT,
+    capture_output=True,
+    text=True,
+    timeout=30,
+  )
+  assert result.returncode == 1
+  assert result.stdout == ""
+  assert result.stderr.startswith(f"error: {flag}: ")
+  assert result.stderr.count("\n") == 1

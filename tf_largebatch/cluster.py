@@ -1,0 +1,234 @@
+"""`TF_CONFIG`, checked, and the `tf.distribute` strategy that follows from it.
+
+A task is a process named in `TF_CONFIG` (its jobs "chief" and "worker" are not the
+paper's workers); a replica is a device. What a user can get wrong is refused here
+in one line, because TensorFlow answers most of it by waiting for an hour.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from absl import logging
+
+from tf_largebatch.errors import UserError
+
+if TYPE_CHECKING:  # At run time later: a bad TF_CONFIG is told before the slow import.
+  import tensorflow as tf
+
+_ADDRESS = re.compile(r"(?:[^\s:/\[\]]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+  """The tasks that train together, and which of them this process is.
+
+  Attributes:
+    tasks: `host:port` of every task in rank order, the chief first; () without
+      `TF_CONFIG`.
+    task_index: this task's rank in `tasks`; 0 without `TF_CONFIG`.
+  """
+
+  tasks: tuple[str, ...] = ()
+  task_index: int = 0
+
+  @property
+  def num_tasks(self) -> int:
+    return max(1, len(self.tasks))
+
+  @property
+  def is_chief(self) -> bool:
+    return self.task_index == 0
+
+
+def read_cluster(environ: Mapping[str, str] = os.environ) -> Cluster:
+  """Returns the cluster that `TF_CONFIG` names, without touching TensorFlow.
+
+  Served are a "chief" with any "worker"s, or "worker"s alone, of which the first
+  is then the chief, as TensorFlow has it.
+
+  Raises:
+    UserError: `TF_CONFIG` is set and does not describe such a cluster.
+  """
+  if "TF_CONFIG" not in environ:
+    return Cluster()
+  text = environ["TF_CONFIG"]
+  try:
+    config = json.loads(text)
+  except ValueError as error:
+    raise _error(f"not JSON ({error})", text, "a JSON object, or unset it for one task") from error
+  if not isinstance(config, dict):
+    raise _error("not a JSON object", config, 'an object with the keys "cluster" and "task"')
+  for key in ("cluster", "task"):
+    if not isinstance(config.get(key), dict):
+      raise _error(f'"{key}" is missing or not an object', config, f'a "{key}" object')
+
+  jobs = config["cluster"]
+  if not jobs or not set(jobs) <= {"chief", "worker"}:
+    raise _error("cluster with no or unknown jobs", jobs, 'a "worker" job, a "chief" job or both')
+  for job, addresses in jobs.items():
+    if not isinstance(addresses, list) or not addresses:
+      raise _error(f'job "{job}" without a list of tasks', addresses, 'a list ["host:port", …]')
+  if len(jobs.get("chief", [])) > 1:
+    raise _error("more than one chief", jobs["chief"], 'one "chief", the others as "worker"')
+
+  tasks = (*jobs.get("chief", []), *jobs.get("worker", []))
+  for address in tasks:
+    match = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
+    if not match or not 1 <= int(match[1]) <= 65535:
+      raise _error("bad address of a task", address, '"host:port" with a port in 1..65535')
+  repeated = [address for address, count in collections.Counter(tasks).items() if count > 1]
+  if repeated:
+    raise _error("several tasks share an address", repeated, "an address of its own for each task")
+
+  job, index = config["task"].get("type"), config["task"].get("index")
+  if not isinstance(job, str) or job not in jobs:
+    raise _error("task type is not a job of the cluster", job, f"one of {sorted(jobs)}")
+  # JSON's true is an int to Python.
+  if type(index) is not int or not 0 <= index < len(jobs[job]):
+    raise _error(f'bad task index for "{job}"', index, f"an integer in 0..{len(jobs[job]) - 1}")
+  return Cluster(tasks, index + (len(jobs.get("chief", [])) if job == "worker" else 0))
+
+
+def make_strategy(cluster: Cluster, communication: str = "auto") -> "tf.distribute.Strategy":
+  """Returns the strategy under which this task trains with all its visible devices.
+
+  One device of one task: the default strategy. Several GPUs, or several logical
+  CPUs and no GPU: `MirroredStrategy`. Several tasks: `MultiWorkerMirroredStrategy`,
+  which waits for them all (TensorFlow gives up after an hour; until then only
+  SIGKILL ends the task), uses one CPU a task whatever its logical CPUs, and must be
+  made in the main thread before any TensorFlow operation runs. Every task must see
+  as many GPUs as the others; name `communication` to have a task that lost its GPU
+  refused rather than left to wait.
+
+  Args:
+    cluster: what `read_cluster` returned.
+    communication: "nccl", "ring" or "auto": NCCL if every replica is a GPU of its
+      own, else RING.
+
+  Raises:
+    UserError: `communication` is unknown or cannot work with these devices, or
+      this task's port is taken.
+  """
+  import tensorflow as tf
+
+  communication = _choose_communication(cluster, communication)
+  devices = _local_devices()
+  if cluster.num_tasks == 1:
+    if len(devices) == 1:
+      return tf.distribute.get_strategy()
+    # Without cross_device_ops it takes just what _choose_communication did; any
+    # given would be ignored, with a warning, where XLA compiles the replica's pass.
+    return tf.distribute.MirroredStrategy(devices)
+
+  address = cluster.tasks[cluster.task_index]
+  _check_port_is_free(address)
+  others = [task for task in cluster.tasks if task != address]
+  logging.info(
+    "Task %d of %d (%s) waits for %s.",
+    cluster.task_index,
+    cluster.num_tasks,
+    address,
+    ", ".join(others),
+  )
+  # From the cluster that was checked, in which the chief is just the first "worker".
+  resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+    tf.train.ClusterSpec({"worker": list(cluster.tasks)}),
+    task_type="worker",
+    task_id=cluster.task_index,
+    num_accelerators={"GPU": sum("GPU" in device for device in devices)},
+    rpc_layer="grpc",
+  )
+  implementation = tf.distribute.experimental.CommunicationImplementation(communication.upper())
+  options = tf.distribute.experimental.CommunicationOptions(implementation=implementation)
+  # TensorFlow's coordination service takes SIGTERM over and only logs it. Give it back
+  # to whoever had it, so that `kill`, Slurm or a launcher can end the task.
+  on_sigterm = signal.getsignal(signal.SIGTERM)
+  strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
+  signal.signal(signal.SIGTERM, on_sigterm)
+  return strategy
+
+
+def describe(
+  strategy: "tf.distribute.Strategy", cluster: Cluster, communication: str = "auto"
+) -> dict[str, Any]:
+  """Returns the words for a strategy made by `make_strategy` from the same arguments."""
+  replicas = strategy.num_replicas_in_sync
+  name = "MultiWorkerMirroredStrategy" if cluster.num_tasks > 1 else "MirroredStrategy"
+  return {
+    "strategy": name if replicas > 1 else "default",
+    "communication": _choose_communication(cluster, communication) if replicas > 1 else "none",
+    "tasks": cluster.num_tasks,
+    "replicas": replicas,
+    "devices_per_task": _local_devices()[: replicas // cluster.num_tasks],
+  }
+
+
+def _error(what: str, given: Any, expected: str) -> UserError:
+  return UserError(f"TF_CONFIG: {what}: given {json.dumps(given)}, expected {expected}")
+
+
+def _local_devices() -> list[str]:
+  """Returns this task's logical GPUs, or else CPUs, without initialising TensorFlow.
+
+  `tf.config.list_logical_devices` would, and `MultiWorkerMirroredStrategy` then
+  cannot be made.
+  """
+  import tensorflow as tf
+
+  kind = "GPU" if tf.config.get_visible_devices("GPU") else "CPU"
+  count = sum(
+    len(tf.config.get_logical_device_configuration(device) or [None])
+    for device in tf.config.get_visible_devices(kind)
+  )
+  return [f"{kind}:{index}" for index in range(count)]
+
+
+def _choose_communication(cluster: Cluster, communication: str) -> str:
+  """Returns "nccl" or "ring" for "auto", and checks what was asked for."""
+  import tensorflow as tf
+
+  if communication not in ("auto", "nccl", "ring"):
+    raise UserError(f"unknown communication {communication!r}: expected auto, nccl or ring")
+  devices, gpus = _local_devices(), len(tf.config.get_visible_devices("GPU"))
+  # NCCL refuses two replicas on one GPU, which is what logical GPUs are.
+  can_nccl = 0 < gpus == len(devices)
+  if communication == "nccl" and not can_nccl:
+    raise UserError(
+      f"communication 'nccl' needs a GPU for every replica: given {len(devices)} replicas on"
+      f" {gpus} GPUs; use auto or ring"
+    )
+  if communication == "ring" and can_nccl and gpus > 1 and cluster.num_tasks == 1:
+    raise UserError(
+      f"communication 'ring' is not offered between the {gpus} GPUs of a single task: use auto or"
+      " nccl, or start one task for each GPU"
+    )
+  if communication == "auto":
+    return "nccl" if can_nccl else "ring"
+  return communication
+
+
+def _check_port_is_free(address: str) -> None:
+  """Raises UserError if this task's port is in use on this machine.
+
+  TensorFlow, which listens on all interfaces, would end with no word of the port.
+  SO_REUSEADDR (and not SO_REUSEPORT, which shares a port silently) lets a run that
+  starts again use the port at once, with the old connections still in TIME_WAIT.
+  """
+  port = int(address.rpartition(":")[2])
+  with socket.socket() as listener:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      listener.bind(("", port))
+      listener.listen()
+    except OSError as error:
+      raise UserError(
+        f"cannot listen on this task's address {address} ({error.strerror}): end the process that"
+        " uses the port or give the task another one in TF_CONFIG"
+      ) from error

@@ -1,0 +1,119 @@
+"""Scalars of a run → TensorBoard, JSON lines, and the terminal."""
+
+import json
+import os
+import sys
+import time
+
+import tensorflow as tf
+import tqdm
+from absl import logging
+from tensorboard.plugins.hparams import api as hparams
+
+_SECONDS_BETWEEN_LINES = 10.0
+# The tag that each scalar has in TensorBoard; the others go by their own name.
+_TENSORBOARD = {
+  ("train", "loss"): "train/loss",
+  ("train", "error"): "train/error",
+  ("eval", "loss"): "validation/loss",
+  ("eval", "error"): "validation/error",
+}
+
+
+class MetricsWriter:
+  """Writes what the chief sees of a run; a context manager.
+
+  `work_dir/metrics.jsonl` has one object a line: {"kind": "train" | "eval", "step", "epoch", …}.
+  Lines past `first_step` (of a sitting that was cut off) are dropped, for they will come again.
+  """
+
+  def __init__(self, work_dir: str, recipe: dict, first_step: int, total_steps: int):
+    """
+    Args:
+      work_dir: the run's directory.
+      recipe: name → value, shown as text and as TensorBoard's hyper-parameters.
+      first_step: steps that are done already.
+      total_steps: steps of the whole run.
+    """
+    path = os.path.join(work_dir, "metrics.jsonl")
+    kept = [record for record in read_metrics(work_dir) if record["step"] <= first_step]
+    self.evaluations = [record for record in kept if record["kind"] == "eval"]
+    with tf.io.gfile.GFile(f"{path}.partial", "w") as file:
+      file.write("".join(json.dumps(record) + "\n" for record in kept))
+    tf.io.gfile.rename(f"{path}.partial", path, overwrite=True)
+    self._lines = tf.io.gfile.GFile(path, "a")
+    self._summaries = tf.summary.create_file_writer(os.path.join(work_dir, "tensorboard"))
+    with self._summaries.as_default(step=first_step):
+      rows = "".join(f"\n| {name} | {value} |" for name, value in recipe.items())
+      tf.summary.text("recipe", f"| field | value |\n| --- | --- |{rows}")
+      hparams.hparams({name: _hparam(value) for name, value in recipe.items()})
+    self._total_steps = total_steps
+    self._last_line = 0.0
+    self._bar = None
+    if sys.stderr.isatty():
+      self._bar = tqdm.tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self._lines.close()
+    self._summaries.close()
+    if self._bar is not None:
+      self._bar.close()
+
+  def train(self, step: int, epoch: float, scalars: dict[str, float]):
+    """Records scalars after `step` steps, `epoch` epochs."""
+    self._write("train", step, epoch, scalars)
+    text = (
+      f"loss {scalars['loss']:.4f}  error {scalars['error']:.2%}  "
+      f"rate {scalars['learning_rate']:.4g}  {scalars['images_per_second']:.0f} images/s"
+    )
+    if self._bar is not None:
+      self._bar.set_postfix_str(text, refresh=False)
+      self._bar.update(step - self._bar.n)
+    elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+      self._last_line = time.monotonic()
+      logging.info("step %d/%d  epoch %.2f  %s", step, self._total_steps, epoch, text)
+
+  def evaluation(self, step: int, epoch: float, scalars: dict[str, float]):
+    """Records an evaluation."""
+    self.evaluations.append(self._write("eval", step, epoch, scalars))
+    self._lines.flush()
+    self._summaries.flush()
+    text = f"validation error {scalars['error']:.2%}, loss {scalars['loss']:.4f}"
+    self.say(f"epoch {epoch:g}: {text} after {step} steps")
+
+  def say(self, line: str):
+    """Logs a line without breaking the progress bar."""
+    if self._bar is not None:
+      self._bar.clear()
+    logging.info("%s", line)
+
+  def _write(self, kind: str, step: int, epoch: float, scalars: dict[str, float]) -> dict:
+    record = {"kind": kind, "step": step, "epoch": epoch, **scalars}
+    self._lines.write(json.dumps(record) + "\n")
+    with self._summaries.as_default(step=step):
+      for name, value in scalars.items():
+        tf.summary.scalar(_TENSORBOARD.get((kind, name), name), value)
+    return record
+
+
+def read_metrics(work_dir: str) -> list[dict]:
+  """The records of `metrics.jsonl`, in order; a line that was cut off ends the list."""
+  path = os.path.join(work_dir, "metrics.jsonl")
+  if not tf.io.gfile.exists(path):
+    return []
+  records = []
+  with tf.io.gfile.GFile(path) as file:
+    for line in file.read().splitlines():
+      try:
+        records.append(json.loads(line))
+      except json.JSONDecodeError:
+        break
+  return records
+
+
+def _hparam(value):
+  """TensorBoard's hyper-parameters are booleans, numbers and strings."""
+  return value if isinstance(value, (bool, int, float, str)) else str(value)

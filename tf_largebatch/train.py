@@ -1,0 +1,129 @@
+"""The training binary: flags → `Recipe` → `train_and_evaluate`.
+
+  python -m tf_largebatch.train --flagfile=flags/cifar10_resnet20.flags --work_dir=runs/cifar10
+
+Every field of `Recipe` is a flag of the same name. On several machines the same command runs on each
+with its own `TF_CONFIG`.
+"""
+
+import dataclasses
+import json
+import logging as stdlib_logging
+import os
+import sys
+
+from absl import app, flags, logging
+
+from tf_largebatch.cluster import read_cluster
+from tf_largebatch.errors import UserError
+from tf_largebatch.recipe import Recipe
+
+_DEFINE = {
+  bool: flags.DEFINE_boolean,
+  int: flags.DEFINE_integer,
+  int | None: flags.DEFINE_integer,
+  float: flags.DEFINE_float,
+  str: flags.DEFINE_string,
+  str | None: flags.DEFINE_string,
+  tuple[float, ...]: flags.DEFINE_list,
+  tuple[float, ...] | None: flags.DEFINE_list,
+}
+_FIELDS = dataclasses.fields(Recipe)
+for _field in _FIELDS:
+  _default = list(map(str, _field.default)) if isinstance(_field.default, tuple) else _field.default
+  _DEFINE[_field.type](_field.name, _default, _field.metadata["help"])
+
+# What follows decides where and how a run goes on, never what it computes.
+_RUN_FLAGS = (
+  flags.DEFINE_string("work_dir", None, "Directory that the run leaves everything in."),
+  flags.DEFINE_string(
+    "data_dir", "~/tensorflow_datasets", "Directory of the prepared data sets (TFDS)."
+  ),
+  flags.DEFINE_enum(
+    "communication",
+    "auto",
+    ["auto", "nccl", "ring"],
+    "Collectives between replicas; auto: NCCL where every replica is a GPU, else RING.",
+  ),
+  flags.DEFINE_integer(
+    "log_every_steps",
+    10,
+    "Steps between two records of the training metrics, which are means over them.",
+    lower_bound=1,
+  ),
+  flags.DEFINE_integer(
+    "evaluation_batch_size", 128, "Images that a device evaluates at once.", lower_bound=1
+  ),
+)
+
+
+def recipe_from_flags(values: flags.FlagValues = flags.FLAGS) -> Recipe:
+  """The recipe that the flags tell.
+
+  Raises:
+    UserError: a value is no number or out of range.
+  """
+  fields = {}
+  for field in _FIELDS:
+    value = values[field.name].value
+    if isinstance(value, list):
+      try:
+        value = tuple(float(item) for item in value if item.strip())
+      except ValueError as error:
+        raise UserError(f"{field.name}={','.join(value)} is no list of numbers: {error}.") from error
+    fields[field.name] = value
+  return Recipe(**fields)
+
+
+def _flagfile(values: flags.FlagValues = flags.FLAGS) -> str:
+  """A flagfile that repeats this run."""
+  names = [field.name for field in _FIELDS] + [flag.name for flag in _RUN_FLAGS]
+  return "".join(f"{values[name].serialize()}\n" for name in names if values[name].value is not None)
+
+
+def main(argv):
+  """Trains, and returns the process' exit status."""
+  try:
+    if len(argv) > 1:
+      raise UserError(f"Unexpected argument {argv[1]!r}; every option is a flag, --name=value.")
+    recipe, cluster = recipe_from_flags(), read_cluster()
+    if not flags.FLAGS.work_dir:
+      raise UserError("No --work_dir was given; name a directory for what the run leaves.")
+    # Only now, for TensorFlow takes seconds to import and a user's mistake should not wait for it.
+    from tf_largebatch import training
+
+    work_dir = os.path.expanduser(flags.FLAGS.work_dir)
+    result = training.train_and_evaluate(
+      recipe,
+      data_dir=os.path.expanduser(flags.FLAGS.data_dir),
+      work_dir=work_dir,
+      cluster=cluster,
+      communication=flags.FLAGS.communication,
+      log_every_steps=flags.FLAGS.log_every_steps,
+      evaluation_batch_size=flags.FLAGS.evaluation_batch_size,
+      flags_text=_flagfile(),
+    )
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 1
+  if cluster.is_chief:
+    print(json.dumps(result, indent=2))
+    print(f"Result: {os.path.join(work_dir, 'result.json')}")
+    print(f"Curves: tensorboard --logdir {os.path.join(work_dir, 'tensorboard')}")
+  return 0
+
+
+def _is_ours_or_a_warning(record) -> bool:
+  return record.levelno >= stdlib_logging.WARNING or "tensorflow_datasets" not in record.pathname
+
+
+def run():
+  """The entry point of the installed command."""
+  logging.set_verbosity(logging.INFO)
+  # TensorFlow Datasets tells each file it opens.
+  logging.get_absl_handler().addFilter(_is_ours_or_a_warning)
+  app.run(main)
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,432 @@
+"""A run: resolve the recipe, build, restore, then epochs of steps, evaluations and checkpoints."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from tf_largebatch import checkpoint, input_pipeline, preparation, resnet, sources, step
+from tf_largebatch.cluster import Cluster, describe, make_strategy
+from tf_largebatch.errors import UserError
+from tf_largebatch.metrics import MetricsWriter
+from tf_largebatch.normalization import PerWorkerBatchNormalization
+from tf_largebatch.optimizer import MomentumCorrectedSGD
+from tf_largebatch.recipe import Recipe
+from tf_largebatch.schedule import LinearScalingSchedule
+
+_POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float64": "float64"}
+
+
+def train_and_evaluate(
+  recipe: Recipe,
+  *,
+  data_dir: str,
+  work_dir: str,
+  cluster: Cluster | None = None,
+  communication: str = "auto",
+  log_every_steps: int = 10,
+  evaluation_batch_size: int = 128,
+  flags_text: str = "",
+) -> dict:
+  """Trains by the recipe, or continues, and leaves the run in its work directory.
+
+  Args:
+    recipe: fields that are None are chosen by the data set and the cluster.
+    data_dir: TensorFlow Datasets' data directory.
+    work_dir: where the run leaves everything; the same for all tasks.
+    cluster: the tasks, which decide where the workers run, not what they compute; None: one task.
+    communication: "auto", "nccl" or "ring", see `cluster.make_strategy`.
+    log_every_steps: steps between two train records (loss and error are means over them).
+    evaluation_batch_size: images a replica evaluates at once.
+    flags_text: written to `flags.txt`.
+
+  Returns:
+    What `result.json` holds: status, steps, val_error, val_error_median_last_5 (fractions),
+    images_per_second, seconds, weights_sha256.
+
+  Raises:
+    UserError: the recipe, the data or the work directory do not fit; one line.
+  """
+  cluster = cluster or Cluster()
+  # First of all: TensorFlow takes no cluster after its first operation.
+  strategy = make_strategy(cluster, communication)
+  if recipe.dataset != "synthetic":
+    preparation.prepare(recipe.dataset, data_dir)
+  replicas = strategy.num_replicas_in_sync
+  recipe = resolve(recipe, replicas, data_dir)
+  claim_work_dir(work_dir, recipe)
+  result_path = os.path.join(work_dir, "result.json")
+  if tf.io.gfile.exists(result_path):
+    result = _read_json(result_path)
+    logging.info("The run in %s is complete; nothing is left to do.", work_dir)
+    return result
+
+  source = sources.open_source(recipe.dataset, recipe.train_split, data_dir, recipe.image_size)
+  validation = sources.open_source(
+    recipe.dataset, recipe.validation_split, data_dir, recipe.image_size
+  )
+  derived = derive(recipe, source.num_examples, replicas)
+  environment = {"versions": _versions(), "cluster": describe(strategy, cluster, communication)}
+  _log_arithmetic(recipe, derived, source, validation, environment["cluster"])
+  if cluster.is_chief:
+    facts = {"recipe": recipe.to_dict(), "derived": derived, **environment}
+    _write_json(os.path.join(work_dir, "recipe.json"), facts)
+    _write_text(os.path.join(work_dir, "flags.txt"), flags_text)
+
+  with strategy.scope():
+    model, plain_model = build_models(recipe, source)
+    optimizer = build_optimizer(recipe, source.num_examples)
+    optimizer.build(model.trainable_variables)
+  checkpoints = os.path.join(work_dir, "checkpoints")
+  done, seconds = checkpoint.restore_newest(checkpoints, model, optimizer)
+  if cluster.num_tasks > 1:
+    _require_agreement(strategy, done, work_dir)
+  if done:
+    logging.info("Continuing from step %d of %d.", done, derived["total_steps"])
+
+  train_batches = iter(
+    strategy.distribute_datasets_from_function(
+      lambda context: input_pipeline.train_dataset(
+        recipe,
+        source,
+        first_worker=context.input_pipeline_id * recipe.workers // context.num_input_pipelines,
+        num_workers=recipe.workers // context.num_input_pipelines,
+        workers_per_replica=derived["workers_per_replica"],
+        first_step=done,
+      )
+    )
+  )
+  train_step = step.make_train_step(strategy, model, optimizer, recipe)
+  evaluate = make_evaluation(strategy, plain_model, recipe, validation, evaluation_batch_size)
+  steps_per_epoch = derived["steps_per_epoch"]
+
+  # Only the chief's metrics last; the other tasks write theirs where nobody looks.
+  with tempfile.TemporaryDirectory() as elsewhere:
+    metrics_dir = work_dir if cluster.is_chief else elsewhere
+    shown = recipe.to_dict() | derived
+    with MetricsWriter(metrics_dir, shown, done, derived["total_steps"]) as metrics:
+      for epoch in range(done // steps_per_epoch, recipe.epochs):
+        last = (epoch + 1) * steps_per_epoch
+        seconds += _train_epoch(
+          train_step, train_batches, metrics, recipe, done, last, steps_per_epoch, log_every_steps
+        )
+        done = last
+        plain_model.set_weights(model.get_weights())
+        metrics.evaluation(done, epoch + 1, evaluate())
+        if cluster.is_chief:
+          checkpoint.save(checkpoints, done, seconds, model, optimizer)
+      errors = [record["error"] for record in metrics.evaluations]
+
+  result = {
+    "status": "complete",
+    "steps": done,
+    "val_error": errors[-1] if errors else None,
+    "val_error_median_last_5": statistics.median(errors[-5:]) if errors else None,
+    "images_per_second": done * recipe.global_batch_size / seconds if seconds else None,
+    "seconds": seconds,
+    "weights_sha256": weights_sha256(model),
+  }
+  logging.info("weights_sha256 %s", result["weights_sha256"])
+  if cluster.is_chief:
+    plain_model.set_weights(model.get_weights())
+    _save_plain(plain_model, recipe, source, os.path.join(work_dir, "model.keras"))
+    _write_json(result_path, result)  # Last: it says that the run is complete.
+  return result
+
+
+def resolve(recipe: Recipe, replicas: int, data_dir: str) -> Recipe:
+  """Chooses the fields that are None, and checks that the replicas divide the workers.
+
+  Raises:
+    UserError: they do not; the message names the values that would do.
+  """
+  chosen = {}
+  workers = recipe.workers
+  if workers is None:
+    workers = chosen["workers"] = replicas
+  if workers % replicas:
+    below = workers // replicas * replicas
+    values = [str(value) for value in (below, below + replicas) if value]
+    raise UserError(
+      f"workers={workers} cannot be shared out among {replicas} replicas; a multiple of "
+      f"{replicas} would do, such as {' or '.join(values)}."
+    )
+  known = sources.defaults(recipe.dataset, data_dir, recipe.validation_split)
+  shape = known.image_shape
+  small = shape is not None and shape[0] == shape[1] <= 64
+  if recipe.image_size is None:
+    chosen["image_size"] = shape[0] if small else 224
+  if recipe.augmentation is None:
+    chosen["augmentation"] = "pad_crop" if small else "area_crop"
+  for name in ("validation_split", "channel_mean", "channel_std"):
+    if getattr(recipe, name) is None:
+      chosen[name] = getattr(known, name)
+  for name in ("channel_mean", "channel_std"):
+    given = chosen.get(name) or getattr(recipe, name)
+    if len(given) != len(known.channel_mean):
+      raise UserError(
+        f"{name}={','.join(map(str, given))} has {len(given)} values, but the images of "
+        f"{recipe.dataset} have {len(known.channel_mean)} channels."
+      )
+  return dataclasses.replace(recipe, **chosen)
+
+
+def derive(recipe: Recipe, train_examples: int, replicas: int) -> dict:
+  """What follows from a resolved recipe, its training split and the number of replicas."""
+  return {
+    "train_examples": train_examples,
+    "global_batch_size": recipe.global_batch_size,
+    "peak_learning_rate": recipe.peak_learning_rate,
+    "steps_per_epoch": recipe.steps_per_epoch(train_examples),
+    "total_steps": recipe.total_steps(train_examples),
+    "workers_per_replica": recipe.workers // replicas,
+  }
+
+
+def build_models(recipe: Recipe, source) -> tuple[keras.Model, keras.Model]:
+  """The network that is trained, and the same one of plain Keras layers.
+
+  The second is evaluated and exported: the error that a run reports is that of the very model that
+  it leaves. It computes in the variables' dtype whatever the training's dtype.
+  """
+  policy = keras.dtype_policies.get(_POLICIES[recipe.dtype])
+  shared = {
+    "input_shape": (recipe.image_size, recipe.image_size, len(recipe.channel_mean)),
+    "num_classes": source.num_classes,
+    "channel_mean": recipe.channel_mean,
+    "channel_std": recipe.channel_std,
+    "last_gamma": recipe.last_gamma,
+    "seed": recipe.seed,
+  }
+
+  def normalization(layer):
+    return lambda **arguments: layer(
+      momentum=recipe.batch_norm_momentum, epsilon=recipe.batch_norm_epsilon, **arguments
+    )
+
+  model = resnet.build(
+    recipe.network,
+    normalization=normalization(PerWorkerBatchNormalization),
+    dtype=policy.name,
+    **shared,
+  )
+  plain_model = resnet.build(
+    recipe.network,
+    normalization=normalization(keras.layers.BatchNormalization),
+    dtype=policy.variable_dtype,
+    **shared,
+  )
+  return model, plain_model
+
+
+def build_optimizer(recipe: Recipe, train_examples: int) -> MomentumCorrectedSGD:
+  """The recipe's optimizer with its schedule."""
+  schedule = LinearScalingSchedule(
+    steps_per_epoch=recipe.steps_per_epoch(train_examples),
+    global_batch_size=recipe.global_batch_size,
+    reference_learning_rate=recipe.reference_learning_rate,
+    reference_batch_size=recipe.reference_batch_size,
+    scaling=recipe.learning_rate_scaling,
+    warmup=recipe.warmup,
+    warmup_epochs=recipe.warmup_epochs,
+    decay_epochs=recipe.decay_epochs,
+    decay_factor=recipe.decay_factor,
+  )
+  return MomentumCorrectedSGD(
+    schedule,
+    momentum=recipe.momentum,
+    nesterov=recipe.nesterov,
+    momentum_correction=recipe.momentum_correction,
+    weight_decay=recipe.weight_decay,
+  )
+
+
+def _train_epoch(
+  train_step, batches, metrics, recipe, done, last, steps_per_epoch, log_every_steps
+) -> float:
+  """Steps `done` to `last`, recorded every `log_every_steps` and at the end; the seconds taken."""
+  began = since = time.perf_counter()
+  waited, pending = 0.0, []
+  for number in range(done + 1, last + 1):
+    before = time.perf_counter()
+    batch = next(batches)
+    waited += time.perf_counter() - before
+    pending.append(train_step(batch))
+    if number % log_every_steps and number != last:
+      continue
+    # Fetching waits for the device, so it is done once for all the steps since the last record.
+    scalars = {name: float(value) for name, value in pending[-1].items()}
+    for name in ("loss", "error"):
+      scalars[name] = float(np.mean([values[name].numpy() for values in pending]))
+    now = time.perf_counter()
+    scalars["images_per_second"] = len(pending) * recipe.global_batch_size / (now - since)
+    scalars["input_wait_share"] = waited / (now - since)
+    metrics.train(number, number / steps_per_epoch, scalars)
+    if not math.isfinite(scalars["loss"]):
+      raise UserError(
+        f"The loss is {scalars['loss']} at step {number} (rate {scalars['learning_rate']:.4g}, kn "
+        f"{recipe.global_batch_size}): training diverged; a longer warmup or a lower "
+        "reference_learning_rate would do. The last checkpoint is from before."
+      )
+    since, waited, pending = now, 0.0, []
+  return time.perf_counter() - began
+
+
+def make_evaluation(strategy, model, recipe: Recipe, source, batch_size: int):
+  """A function that evaluates `model` on every example of `source`: {"loss", "error"}."""
+  replicas = strategy.num_replicas_in_sync
+  steps = input_pipeline.evaluation_steps(source, batch_size, replicas)
+
+  def dataset(context):
+    local = replicas // context.num_input_pipelines
+    return input_pipeline.evaluation_dataset(
+      recipe,
+      source,
+      batch_size=batch_size,
+      first_replica=context.input_pipeline_id * local,
+      num_replicas=local,
+      replicas=replicas,
+    )
+
+  evaluation_step = step.make_evaluation_step(strategy, model)
+  distributed = strategy.distribute_datasets_from_function(dataset)
+
+  def evaluate() -> dict[str, float]:
+    batches = iter(distributed)
+    sums = [evaluation_step(next(batches)) for _ in range(steps)]
+    loss, errors, count = (sum(float(values[i]) for values in sums) for i in range(3))
+    if count != source.num_examples:
+      raise AssertionError(f"Evaluated {count:g} examples of {source.num_examples}.")
+    return {"loss": loss / count, "error": errors / count}
+
+  return evaluate
+
+
+def claim_work_dir(work_dir: str, recipe: Recipe):
+  """Makes the work directory and checks that it may hold this run.
+
+  Raises:
+    UserError: it cannot be written, or it holds another recipe's run.
+  """
+  try:
+    tf.io.gfile.makedirs(work_dir)
+    probe = os.path.join(work_dir, f".probe-{os.getpid()}")
+    _write_text(probe, "")
+    tf.io.gfile.remove(probe)
+  except (OSError, tf.errors.OpError) as error:
+    raise UserError(
+      f"work_dir={work_dir} cannot be written ({_first_line(error)}); name a directory that can."
+    ) from error
+  path = os.path.join(work_dir, "recipe.json")
+  if not tf.io.gfile.exists(path):
+    return
+  try:
+    there = _read_json(path)["recipe"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(
+      f"{path} is no recipe of a run ({_first_line(error)}); choose another work_dir."
+    ) from error
+  now = recipe.to_dict()
+  differences = [
+    f"{name} is {there.get(name)} there and {now.get(name)} now"
+    for name in sorted(there.keys() | now.keys())
+    if there.get(name) != now.get(name)
+  ]
+  if differences:
+    raise UserError(
+      f"work_dir={work_dir} holds another recipe's run ({'; '.join(differences)}); choose another "
+      "work_dir, or that recipe to continue it."
+    )
+
+
+def _require_agreement(strategy, done: int, work_dir: str):
+  """All tasks must have restored the same step, which takes a work directory that all see."""
+
+  @tf.function
+  def mean():
+    return strategy.run(
+      lambda: tf.distribute.get_replica_context().all_reduce(
+        tf.distribute.ReduceOp.MEAN, tf.constant(done, tf.float32)
+      )
+    )
+
+  if float(strategy.experimental_local_results(mean())[0]) != done:
+    raise UserError(
+      f"This task found a checkpoint of step {done} in work_dir={work_dir} and others did not; "
+      "work_dir must be on a file system that all tasks share."
+    )
+
+
+def weights_sha256(model: keras.Model) -> str:
+  """SHA-256 over all weights in `model.weights` order as float32 little-endian bytes."""
+  digest = hashlib.sha256()
+  for weight in model.weights:
+    digest.update(weight.numpy().astype("<f4").tobytes())
+  return digest.hexdigest()
+
+
+def _save_plain(plain_model, recipe: Recipe, source, path: str):
+  """Saves the plain model from outside the strategy's scope, with one copy of each weight."""
+  _, copy = build_models(recipe, source)
+  copy.set_weights(plain_model.get_weights())
+  with tempfile.TemporaryDirectory() as directory:
+    local = os.path.join(directory, "model.keras")
+    copy.save(local)
+    tf.io.gfile.copy(local, f"{path}.partial", overwrite=True)
+  tf.io.gfile.rename(f"{path}.partial", path, overwrite=True)
+
+
+def _log_arithmetic(recipe: Recipe, derived: dict, source, validation, cluster: dict):
+  warms_up = recipe.warmup != "none" and recipe.global_batch_size > recipe.reference_batch_size
+  warmup = f"{recipe.warmup} for {recipe.warmup_epochs:g} epochs" if warms_up else "none"
+  for line in (
+    f"{recipe.network} on {recipe.dataset}: {source.num_examples} training images, "
+    f"{validation.num_examples} to validate on, {recipe.image_size}x{recipe.image_size}, "
+    f"{recipe.dtype}",
+    f"minibatch kn = {recipe.workers} workers x {recipe.per_worker_batch_size} images = "
+    f"{recipe.global_batch_size}",
+    f"peak rate = {recipe.reference_learning_rate:g} -> {recipe.peak_learning_rate:g} "
+    f"({recipe.learning_rate_scaling} scaling from {recipe.reference_batch_size}); warmup: "
+    f"{warmup}; x{recipe.decay_factor:g} at epochs "
+    f"{', '.join(f'{epoch:g}' for epoch in recipe.decay_epochs) or 'none'}",
+    f"steps = {recipe.epochs} epochs x {derived['steps_per_epoch']} = {derived['total_steps']}",
+    f"{derived['workers_per_replica']} workers a replica; "
+    + ", ".join(f"{name} {value}" for name, value in cluster.items()),
+  ):
+    logging.info("%s", line)
+
+
+def _versions() -> dict[str, str]:
+  packages = ("tensorflow", "keras", "tensorflow-datasets", "numpy")
+  versions = {name: importlib.metadata.version(name) for name in packages}
+  return {"python": platform.python_version(), **versions}
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _read_json(path: str):
+  with tf.io.gfile.GFile(path) as file:
+    return json.loads(file.read())
+
+
+def _write_json(path: str, value):
+  _write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_text(path: str, text: str):
+  with tf.io.gfile.GFile(f"{path}.partial", "w") as file:
+    file.write(text)
+  tf.io.gfile.rename(f"{path}.partial", path, overwrite=True)

@@ -1,0 +1,177 @@
+r"""Starts several tasks on this machine, with `TF_CONFIG` set, as one program.
+
+  python -m tools.launch_local --tasks=2 -- --flagfile=flags/… --work_dir=…
+  python -m tools.launch_local --tasks=2 --module=tools.verify -- …
+
+What follows `--` goes to every task. Each line of their output is printed behind
+`[task r]`. If a task fails, the others are ended and its status is returned (128
++ signal if a signal ended it), so too with 130 or 143 after SIGINT or SIGTERM.
+
+The tasks share the machine's cores, divided by TF_NUM_INTRAOP_THREADS,
+TF_NUM_INTEROP_THREADS and OMP_NUM_THREADS unless these are set. GPUs are not
+divided: on a machine with GPUs run one task, or set CUDA_VISIBLE_DEVICES=-1.
+"""
+
+import contextlib
+import ctypes
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+from absl import app, flags
+
+from tf_largebatch.errors import UserError
+
+_TASKS = flags.DEFINE_integer("tasks", 2, "Number of tasks to start.")
+_MODULE = flags.DEFINE_string("module", "tf_largebatch.train", "Module that each task runs.")
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_GRACE_SECONDS = 5.0  # From SIGTERM to SIGKILL.
+_PR_SET_PDEATHSIG = 1  # From <sys/prctl.h>.
+
+
+def _free_addresses(count: int) -> list[str]:
+  """Returns addresses with different ports: all are held open until the last is chosen."""
+  with contextlib.ExitStack() as stack:
+    listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+    for listener in listeners:
+      listener.bind(("", 0))  # All interfaces, as TensorFlow's server will.
+    return [f"127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
+
+
+def _start(module: str, arguments: list[str], addresses: list[str], index: int) -> subprocess.Popen:
+  """Starts task `index` of a cluster of workers only."""
+  threads = str(max(1, len(os.sched_getaffinity(0)) // len(addresses)))
+  environ = {
+    "TF_NUM_INTRAOP_THREADS": threads,
+    "TF_NUM_INTEROP_THREADS": threads,
+    "OMP_NUM_THREADS": threads,
+    **os.environ,
+    "PYTHONUNBUFFERED": "1",
+    "TF_CONFIG": json.dumps(
+      {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+    ),
+  }
+  launcher, libc = os.getpid(), ctypes.CDLL(None)
+
+  def prepare_task():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    # The kernel kills the task when the launcher is gone, even by SIGKILL, where no
+    # code of the launcher's runs; the launcher may have died before this line.
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:
+      os._exit(1)
+
+  return subprocess.Popen(
+    [sys.executable, "-m", module, *arguments],
+    env=environ,
+    stdin=subprocess.DEVNULL,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    # Universal newlines: a progress bar's "\r" ends a line too.
+    encoding="utf-8",
+    errors="replace",
+    # A process group of its own: a terminal's Ctrl-C reaches the launcher alone, and
+    # the task is ended together with the processes it started.
+    start_new_session=True,
+    preexec_fn=prepare_task,
+  )
+
+
+def _print_lines(task: subprocess.Popen, index: int, lock: threading.Lock) -> None:
+  """Prints the task's output until it ends; closes the pipe if printing fails."""
+  with task.stdout, contextlib.suppress(BrokenPipeError):
+    for line in task.stdout:
+      with lock:
+        print(f"[task {index}]", line.removesuffix("\n"), flush=True)
+
+
+def _ended(task: subprocess.Popen) -> os.waitid_result | None:
+  """Returns how the task ended, None while it runs.
+
+  The task stays a zombie, so that its process group's id is not given away before
+  `_end` has used it.
+  """
+  return os.waitid(os.P_PID, task.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+
+
+def _wait(tasks: list[subprocess.Popen]) -> int:
+  """Waits for all to succeed, one to fail or a signal to stop; returns the status."""
+  while True:
+    results = [_ended(task) for task in tasks]
+    for index, result in enumerate(results):
+      if result and result.si_status:
+        # si_status is the signal's number if a signal ended the task.
+        exited = result.si_code == os.CLD_EXITED
+        how = f"status {result.si_status}" if exited else f"signal {result.si_status}"
+        print(f"error: task {index} ended with {how}; ending the others", file=sys.stderr)
+        return result.si_status if exited else 128 + result.si_status
+    if all(results):
+      return 0
+    stop = signal.sigtimedwait(_STOP_SIGNALS, 0.05)
+    if stop:
+      return 128 + stop.si_signo
+
+
+def _end(tasks: list[subprocess.Popen]) -> None:
+  """Ends the tasks' process groups: SIGTERM, some seconds, SIGKILL."""
+  for task in tasks:
+    os.killpg(task.pid, signal.SIGTERM)
+  deadline = time.monotonic() + _GRACE_SECONDS
+  while time.monotonic() < deadline and not all(_ended(task) for task in tasks):
+    time.sleep(0.05)
+  for task in tasks:
+    os.killpg(task.pid, signal.SIGKILL)  # Also what a task started and left behind.
+    task.wait()
+
+
+def _launch(num_tasks: int, module: str, arguments: list[str]) -> int:
+  """Runs the tasks to their end and returns the status.
+
+  Raises:
+    UserError: the number of tasks or the module will not do.
+  """
+  if num_tasks < 1:
+    raise UserError(f"--tasks={num_tasks}: expected at least 1")
+  try:
+    found = importlib.util.find_spec(module)
+  except (ImportError, ValueError):  # Of its package; of an empty name.
+    found = None
+  if not found:
+    raise UserError(f"--module={module}: no such module; give it as `python -m` would take it")
+
+  # Blocked from here on and fetched by `_wait`, so that no handler breaks into `_end`.
+  signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+  addresses = _free_addresses(num_tasks)
+  lock = threading.Lock()
+  tasks, printers = [], []
+  try:
+    # The launcher has no threads yet: those and preexec_fn do not go together.
+    for index in range(num_tasks):
+      tasks.append(_start(module, arguments, addresses, index))
+    for index, task in enumerate(tasks):
+      printers.append(threading.Thread(target=_print_lines, args=(task, index, lock), daemon=True))
+      printers[-1].start()
+    return _wait(tasks)
+  finally:
+    _end(tasks)
+    for printer in printers:
+      printer.join(_GRACE_SECONDS)  # Not forever, should the pipe be held by a stranger.
+
+
+def main(argv: list[str]) -> int:
+  try:
+    return _launch(_TASKS.value, _MODULE.value, argv[1:])
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+  app.run(main)
