@@ -5,6 +5,7 @@ import math
 
 from tf_largebatch.errors import UserError
 
+NETWORKS = ("resnet20", "resnet32", "resnet56", "resnet50", "resnet101", "resnet152")
 SCALINGS = ("linear", "sqrt", "none")
 WARMUPS = ("gradual", "constant", "none")
 AUGMENTATIONS = ("area_crop", "pad_crop", "none")
@@ -53,6 +54,7 @@ class Recipe:
   network: str = _field(
     "resnet50",
     "Network: resnet50, resnet101 or resnet152 (ImageNet), resnet20, resnet32 or resnet56 (CIFAR).",
+    NETWORKS,
   )
   last_gamma: float = _field(
     0.0, "Initial gamma of the last batch normalisation of each residual block."

@@ -14,6 +14,9 @@ from collections.abc import Callable, Sequence
 
 import keras
 
+from tf_largebatch.errors import UserError
+from tf_largebatch.recipe import NETWORKS
+
 # Bottleneck blocks in each of the four stages.
 _IMAGENET_STAGES = {
   "resnet50": (3, 4, 6, 3),
@@ -22,8 +25,6 @@ _IMAGENET_STAGES = {
 }
 # Basic blocks in each of the three stages: 6·blocks + 2 layers.
 _CIFAR_STAGES = {"resnet20": (3, 3, 3), "resnet32": (5, 5, 5), "resnet56": (9, 9, 9)}
-
-NETWORKS = (*_CIFAR_STAGES, *_IMAGENET_STAGES)
 
 
 class _Layers:
@@ -133,7 +134,7 @@ def build(
   """Builds a network from raw pixels to logits.
 
   Args:
-    network: one of `NETWORKS`.
+    network: one of `recipe.NETWORKS`.
     input_shape: (H, W, C) of an image.
     num_classes: width of the logits.
     normalization: called as `normalization(gamma_initializer=…, dtype=…, name=…)` for each BN.
@@ -148,10 +149,10 @@ def build(
     A `keras.Model`: images `[batch, H, W, C]` in 0 to 255 → logits `[batch, num_classes]`.
 
   Raises:
-    ValueError: an unknown network.
+    UserError (a ValueError): an unknown network.
   """
   if network not in NETWORKS:
-    raise ValueError(f"Unknown network {network!r}; known: {', '.join(NETWORKS)}.")
+    raise UserError(f"network={network!r} is unknown; one of {', '.join(NETWORKS)} would do.")
   variable_dtype = keras.dtype_policies.get(dtype).variable_dtype
   layers = _Layers(normalization, last_gamma, dtype, seed)
   inputs = keras.Input(input_shape, dtype=variable_dtype, name="image")

@@ -65,10 +65,8 @@ def train_and_evaluate(
     preparation.prepare(recipe.dataset, data_dir)
   replicas = strategy.num_replicas_in_sync
   recipe = resolve(recipe, replicas, data_dir)
-  claim_work_dir(work_dir, recipe)
-  result_path = os.path.join(work_dir, "result.json")
-  if tf.io.gfile.exists(result_path):
-    result = _read_json(result_path)
+  result = find_run(work_dir, recipe)
+  if result is not None:
     logging.info("The run in %s is complete; nothing is left to do.", work_dir)
     return result
 
@@ -78,6 +76,7 @@ def train_and_evaluate(
   )
   derived = derive(recipe, source.num_examples, replicas)
   environment = {"versions": _versions(), "cluster": describe(strategy, cluster, communication)}
+  _make_writable(work_dir)
   _log_arithmetic(recipe, derived, source, validation, environment["cluster"])
   if cluster.is_chief:
     facts = {"recipe": recipe.to_dict(), "derived": derived, **environment}
@@ -141,7 +140,7 @@ def train_and_evaluate(
   if cluster.is_chief:
     plain_model.set_weights(model.get_weights())
     _save_plain(plain_model, recipe, source, os.path.join(work_dir, "model.keras"))
-    _write_json(result_path, result)  # Last: it says that the run is complete.
+    _write_json(os.path.join(work_dir, "result.json"), result)  # Last: it says that the run is complete.
   return result
 
 
@@ -313,31 +312,22 @@ def make_evaluation(strategy, model, recipe: Recipe, source, batch_size: int):
   return evaluate
 
 
-def claim_work_dir(work_dir: str, recipe: Recipe):
-  """Makes the work directory and checks that it may hold this run.
+def find_run(work_dir: str, recipe: Recipe) -> dict | None:
+  """The result of the run in the work directory, or None where it is not complete or not begun.
 
   Raises:
-    UserError: it cannot be written, or it holds another recipe's run.
+    UserError: the directory holds another recipe's run.
   """
-  try:
-    tf.io.gfile.makedirs(work_dir)
-    probe = os.path.join(work_dir, f".probe-{os.getpid()}")
-    _write_text(probe, "")
-    tf.io.gfile.remove(probe)
-  except (OSError, tf.errors.OpError) as error:
-    raise UserError(
-      f"work_dir={work_dir} cannot be written ({_first_line(error)}); name a directory that can."
-    ) from error
   path = os.path.join(work_dir, "recipe.json")
   if not tf.io.gfile.exists(path):
-    return
+    return None
   try:
-    there = _read_json(path)["recipe"]
-  except (ValueError, KeyError, TypeError) as error:
+    there = _read_json(path)["recipe"].items()
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
       f"{path} is no recipe of a run ({_first_line(error)}); choose another work_dir."
     ) from error
-  now = recipe.to_dict()
+  there, now = dict(there), recipe.to_dict()
   differences = [
     f"{name} is {there.get(name)} there and {now.get(name)} now"
     for name in sorted(there.keys() | now.keys())
@@ -348,6 +338,21 @@ def claim_work_dir(work_dir: str, recipe: Recipe):
       f"work_dir={work_dir} holds another recipe's run ({'; '.join(differences)}); choose another "
       "work_dir, or that recipe to continue it."
     )
+  result = os.path.join(work_dir, "result.json")
+  return _read_json(result) if tf.io.gfile.exists(result) else None
+
+
+def _make_writable(work_dir: str):
+  """Makes the directory if it is missing, and checks that it can be written."""
+  try:
+    tf.io.gfile.makedirs(work_dir)
+    probe = os.path.join(work_dir, f".probe-{os.getpid()}")
+    _write_text(probe, "")
+    tf.io.gfile.remove(probe)
+  except (OSError, tf.errors.OpError) as error:
+    raise UserError(
+      f"work_dir={work_dir} cannot be written ({_first_line(error)}); name a directory that can."
+    ) from error
 
 
 def _require_agreement(strategy, done: int, work_dir: str):
