@@ -118,8 +118,8 @@ def test_augmentation_is_the_same_on_every_cluster_and_changes_with_the_epoch(so
   whole = images(1, 1, 0, 6)
   np.testing.assert_array_equal(images(4, 1, 0, 6), whole)
   np.testing.assert_array_equal(images(2, 2, 3, 3), whole[3:])
-  first = {i: x for i, x in zip(ids_of_epoch(0).ravel(), whole[:4].reshape(-1, 8, 8, 3))}
-  second = {i: x for i, x in zip(ids_of_step(4).ravel(), whole[4].reshape(-1, 8, 8, 3))}
+  first = dict(zip(ids_of_epoch(0).ravel(), whole[:4].reshape(-1, 8, 8, 3), strict=True))
+  second = dict(zip(ids_of_step(4).ravel(), whole[4].reshape(-1, 8, 8, 3), strict=True))
   changed = [np.any(first[i] != second[i]) for i in first.keys() & second.keys()]
   assert len(changed) > 10 and np.mean(changed) > 0.9
   flips = dataclasses.replace(recipe, seed=6)

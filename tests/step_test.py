@@ -9,58 +9,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_largebatch import input_pipeline, sources, step, training
-from tf_largebatch.normalization import PerWorkerBatchNormalization
+from tests import tiny_task
+from tf_largebatch import input_pipeline, step, training
 from tf_largebatch.optimizer import MomentumCorrectedSGD
-from tf_largebatch.recipe import Recipe
-
-EXAMPLES = 200
-STEPS = 20
-
-
-def make_recipe(dtype):
-  """k = 4, n = 6, 8 steps an epoch: warmup over 12 steps, a decay at step 16."""
-  return Recipe(
-    dataset="test",
-    validation_split="validation",
-    image_size=8,
-    augmentation="pad_crop",
-    channel_mean=(120.0, 120.0, 120.0),
-    channel_std=(60.0, 60.0, 60.0),
-    network="resnet20",
-    dtype=dtype,
-    workers=4,
-    per_worker_batch_size=6,
-    reference_batch_size=6,
-    epochs=3,
-    warmup_epochs=1.5,
-    decay_epochs=(2,),
-    weight_decay=1e-2,
-    label_smoothing=0.1,
-  )
-
-
-def make_source():
-  rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (EXAMPLES, 8, 8, 3)).astype(np.uint8)
-  return sources.ArraySource(images, rng.integers(0, 10, EXAMPLES), 10)
-
-
-def tiny_model(dtype):
-  """Two convolutions with BN, pooling and a dense layer, of raw pixels."""
-  keras.utils.set_random_seed(1)
-  inputs = keras.Input((8, 8, 3), dtype=dtype)
-  x = keras.layers.Rescaling(1 / 60, offset=-2.0, dtype=dtype)(inputs)
-  for filters in (8, 12):
-    x = keras.layers.Conv2D(filters, 3, padding="same", use_bias=False, dtype=dtype)(x)
-    x = keras.layers.ReLU(dtype=dtype)(PerWorkerBatchNormalization(dtype=dtype)(x))
-  x = keras.layers.GlobalAveragePooling2D(dtype=dtype)(x)
-  return keras.Model(inputs, keras.layers.Dense(10, dtype=dtype)(x))
 
 
 def train(replicas, dtype):
-  """STEPS steps on so many logical devices: (losses, weights on each replica)."""
-  recipe, source = make_recipe(dtype), make_source()
+  """`tiny_task.train` on so many logical devices."""
   strategy = tf.distribute.get_strategy()
   if replicas > 1:
     devices = [f"CPU:{index}" for index in range(replicas)]
@@ -68,29 +23,7 @@ def train(replicas, dtype):
     collective = (replicas, dtype) == (4, "float32")
     reduction = None if collective else tf.distribute.ReductionToOneDevice()
     strategy = tf.distribute.MirroredStrategy(devices, reduction)
-  with strategy.scope():
-    model = tiny_model(dtype)
-    optimizer = training.build_optimizer(recipe, source.num_examples)
-    optimizer.build(model.trainable_variables)
-  batches = iter(
-    strategy.distribute_datasets_from_function(
-      lambda context: input_pipeline.train_dataset(
-        recipe, source, first_worker=0, num_workers=4, workers_per_replica=4 // replicas
-      )
-    )
-  )
-  train_step = step.make_train_step(strategy, model, optimizer, recipe)
-  losses = [float(train_step(next(batches))["loss"]) for _ in range(STEPS)]
-  copies = [
-    np.concatenate(
-      [
-        np.ravel(strategy.experimental_local_results(variable.value)[replica].numpy())
-        for variable in model.weights + optimizer.variables
-      ]
-    )
-    for replica in range(replicas)
-  ]
-  return np.array(losses), np.array(copies)
+  return tiny_task.train(strategy, dtype)
 
 
 def main(path):
@@ -99,8 +32,8 @@ def main(path):
   results = {}
   for dtype in ("float32", "float64"):
     for replicas in (1, 2, 4):
-      losses, copies = train(replicas, dtype)
-      results[f"{dtype}_{replicas}_losses"], results[f"{dtype}_{replicas}_copies"] = losses, copies
+      for name, value in train(replicas, dtype).items():
+        results[f"{dtype}_{replicas}_{name}"] = value
   # Trap 7 of Keras' optimizers: called by a replica they sum the gradients, and ours does too.
   strategy = tf.distribute.MirroredStrategy(
     ["CPU:0", "CPU:1"], tf.distribute.ReductionToOneDevice()
@@ -125,7 +58,7 @@ def main(path):
 
 @pytest.fixture(scope="module")
 def on_replicas(tmp_path_factory):
-  """Results of `main`, in a process of its own: logical devices are set before TensorFlow starts."""
+  """Results of `main`, in a process of its own: logical devices come before all else."""
   path = str(tmp_path_factory.mktemp("step") / "results.npz")
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   subprocess.run([sys.executable, "-m", "tests.step_test", path], check=True, cwd=root, timeout=300)
@@ -161,8 +94,8 @@ def test_the_optimizer_sums_over_the_replicas_that_call_it(on_replicas):
 
 def test_one_step_is_the_mean_over_workers_of_their_own_losses():
   """Remark 3's other form: each worker's mean over n, averaged over k; decay once, on kernels."""
-  recipe, source = make_recipe("float64"), make_source()
-  model = tiny_model("float64")
+  recipe, source = tiny_task.make_recipe("float64"), tiny_task.make_source()
+  model = tiny_task.tiny_model("float64")
   optimizer = training.build_optimizer(recipe, source.num_examples)
   optimizer.build(model.trainable_variables)
   batch = next(
@@ -182,9 +115,9 @@ def test_one_step_is_the_mean_over_workers_of_their_own_losses():
     with tf.GradientTape() as tape:
       logits = model(images, training=True)
       log_probabilities = logits - tf.reduce_logsumexp(logits, axis=1, keepdims=True)
-      # Label smoothing 0.1 over 10 classes: 0.91 for the label, 0.01 for each other class.
-      true = tf.reduce_sum(tf.one_hot(labels, 10, dtype=tf.float64) * log_probabilities, axis=1)
-      loss = tf.reduce_mean(-0.9 * true - 0.01 * tf.reduce_sum(log_probabilities, axis=1))
+      # Label smoothing 0.1 over 200 classes: 0.9 for the label, 0.0005 more for every class.
+      true = tf.reduce_sum(tf.one_hot(labels, 200, dtype=tf.float64) * log_probabilities, axis=1)
+      loss = tf.reduce_mean(-0.9 * true - 0.0005 * tf.reduce_sum(log_probabilities, axis=1))
     for total, gradient in zip(
       gradients, tape.gradient(loss, [v.value for v in model.trainable_variables]), strict=True
     ):
@@ -216,7 +149,7 @@ def test_one_step_is_the_mean_over_workers_of_their_own_losses():
 
 
 def test_evaluation_weighs_and_counts():
-  model = tiny_model("float64")
+  model = tiny_task.tiny_model("float64")
   rng = np.random.default_rng(0)
   images = tf.constant(rng.integers(0, 256, (5, 8, 8, 3)).astype(np.uint8))
   labels = np.array([0, 1, 2, 3, 4], np.int32)

@@ -59,9 +59,7 @@ def test_flags_set_fields():
   recipe = recipe_of(
     "--workers=8", "--decay_epochs=1,2.5", "--epochs=3", "--warmup_epochs=1", "--nonesterov"
   )
-  expected = Recipe(
-    workers=8, decay_epochs=(1, 2.5), epochs=3, warmup_epochs=1, nesterov=False
-  )
+  expected = Recipe(workers=8, decay_epochs=(1, 2.5), epochs=3, warmup_epochs=1, nesterov=False)
   assert recipe == expected
 
 
@@ -70,7 +68,7 @@ REFUSED = {
   "k = 0": (["--workers=0"], "workers=0"),
   "decays out of order": (["--epochs=9", "--decay_epochs=5,3"], "decay_epochs=(5.0, 3.0)"),
   "decay no number": (["--decay_epochs=5,x"], "decay_epochs=5,x"),
-  "warmup too long": (["--epochs=3", "--warmup_epochs=4"], "warmup_epochs=4.0"),
+  "warmup too long": (["--workers=64", "--epochs=3", "--warmup_epochs=4"], "warmup_epochs=4.0"),
   "unknown dataset": (["--dataset=cifar11"], "cifar11"),
   "unknown network": (["--network=resnet51"], "resnet51"),
   "split missing": (["--validation_split=test"], "'test'"),

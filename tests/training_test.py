@@ -199,7 +199,7 @@ def test_resolve_chooses_what_was_left_out():
   assert resolved.workers == 8
   assert resolved.validation_split == "validation"
   assert resolved.image_size == 224 and resolved.augmentation == "area_crop"
-  with pytest.raises(UserError, match="1 values.*3 channels"):
+  with pytest.raises(UserError, match=r"1 values.*3 channels"):
     training.resolve(dataclasses.replace(left_out, channel_mean=(1.0,)), 8, "")
 
 

@@ -1,4 +1,4 @@
-"""What is saved of a run, and how it comes back: one file a checkpoint, written whole or not at all."""
+"""What is saved of a run and how it comes back: a file a checkpoint, whole or not there at all."""
 
 import io
 import os
@@ -15,11 +15,14 @@ _NAME = re.compile(r"step-(\d+)\.npz")
 
 
 def _variables(model: keras.Model, optimizer) -> dict[str, keras.Variable]:
-  """All state by a name that tells its place: weights, moving statistics, momentum, rate, step."""
+  """All state by its place: weights and moving statistics; step, rate, momentum.
+
+  Not by Keras' paths, which count the layers that a process has made.
+  """
   named = {}
   for owner, variables in (("model", model.variables), ("optimizer", optimizer.variables)):
     for index, variable in enumerate(variables):
-      named[f"{owner}/{index:04d}/{variable.path}"] = variable
+      named[f"{owner}/{index:04d}"] = variable
   return named
 
 

@@ -191,11 +191,9 @@ def _whole(shape):
 
 
 def _decode_crop(recipe: Recipe, source, image, crop_of):
-  """uint8 `[size, size, C]` from the crop that `crop_of` (shape → top, left, height, width) tells."""
+  """uint8 `[size, size, C]` of a crop; `crop_of`: shape → (top, left, height, width)."""
   size = recipe.image_size
-  if source.image_shape == (size, size, image.shape[-1] if image.shape.rank else None) and (
-    crop_of is _whole
-  ):
+  if crop_of is _whole and source.image_shape and source.image_shape[:2] == (size, size):
     return image
   if source.image_shape is not None:
     top, left, height, width = tf.unstack(crop_of(tf.constant(source.image_shape)))

@@ -20,8 +20,8 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
       moving ← momentum · moving + (1 − momentum) · mean_j(statistic_j),
 
   with the unbiased variance, as in the paper's Caffe2 and in PyTorch (Keras keeps the biased one).
-  They are averaged over the replicas of a `tf.distribute` strategy, so all copies stay equal; Keras'
-  own layer lets them drift apart. For float32, bfloat16 and float16 this is one fused kernel
+  They are averaged over the replicas of a `tf.distribute` strategy, so all copies stay equal;
+  Keras' own layer lets them drift apart. For float32, bfloat16 and float16 this is one fused kernel
   (`FusedBatchNormV3`, statistics in float32); other dtypes take plain operations.
 
   Source: Goyal et al. 2017 (arXiv 1706.02677), §2.3; Ioffe and Szegedy 2015.
@@ -95,18 +95,21 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
     else:
       batch = tf.shape(inputs)[0]
       positions = tf.size(inputs) // (batch * channels)
-      grouped = tf.reshape(inputs, [groups, batch // groups, positions, channels])
+      # n itself, not batch // groups: XLA drops the assertion in _groups, and then this fails.
+      n = self.per_worker_batch_size or batch
+      grouped = tf.reshape(inputs, [groups, n, positions, channels])
       grouped = tf.transpose(grouped, [1, 2, 0, 3])
-      grouped = tf.reshape(grouped, [batch // groups, positions, 1, groups * channels])
+      grouped = tf.reshape(grouped, [n, positions, 1, groups * channels])
     scale = tf.tile(tf.convert_to_tensor(self.gamma), [groups])
     offset = tf.tile(tf.convert_to_tensor(self.beta), [groups])
     outputs, mean, variance = self._normalize_batch(grouped, scale, offset)
     mean = tf.reduce_mean(tf.reshape(mean, [groups, channels]), axis=0)
     variance = tf.reduce_mean(tf.reshape(variance, [groups, channels]), axis=0)
     for moving, statistic in ((self.moving_mean, mean), (self.moving_variance, variance)):
+      statistic = tf.cast(statistic, moving.dtype)
       moving.assign(moving * self.momentum + statistic * (1 - self.momentum))
     if grouped is not inputs:
-      outputs = tf.reshape(outputs, [batch // groups, positions, groups, channels])
+      outputs = tf.reshape(outputs, [n, positions, groups, channels])
       outputs = tf.reshape(tf.transpose(outputs, [2, 0, 1, 3]), tf.shape(inputs))
       outputs.set_shape(inputs.shape)
     return outputs
@@ -132,11 +135,11 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
   def _normalize_batch(self, x, scale, offset):
     """Normalises by x's own statistics: (outputs, mean, unbiased variance), over all but C."""
     if x.dtype in _FUSED_DTYPES:
-      empty = tf.zeros([0], scale.dtype)
+      empty = tf.zeros([0])
       outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=x,
-        scale=scale,
-        offset=offset,
+        scale=tf.cast(scale, tf.float32),
+        offset=tf.cast(offset, tf.float32),
         mean=empty,
         variance=empty,
         epsilon=self.epsilon,
@@ -157,10 +160,10 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
       four_d = tf.reshape(inputs, [tf.shape(inputs)[0], -1, 1, inputs.shape[-1]])
     outputs = tf.raw_ops.FusedBatchNormV3(
       x=four_d,
-      scale=tf.convert_to_tensor(self.gamma),
-      offset=tf.convert_to_tensor(self.beta),
-      mean=tf.convert_to_tensor(mean),
-      variance=tf.convert_to_tensor(variance),
+      scale=tf.cast(self.gamma, tf.float32),
+      offset=tf.cast(self.beta, tf.float32),
+      mean=tf.cast(mean, tf.float32),
+      variance=tf.cast(variance, tf.float32),
       epsilon=self.epsilon,
       is_training=False,
     ).y

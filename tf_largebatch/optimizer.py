@@ -10,8 +10,8 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
 
   With g the gradient of the loss plus λ·w for decayed weights, each step is
 
-      v ← m · (η_{t+1} / η_t) · v + η_{t+1} · g          (eq. 10 with the correction)
-      w ← w − v                                          (or, with Nesterov: w ← w − (m · v + η_{t+1} · g))
+      v ← m · (η_{t+1} / η_t) · v + η_{t+1} · g   (eq. 10 with the correction)
+      w ← w − v                                   (Nesterov: w ← w − (m · v + η_{t+1} · g))
 
   which equals eq. 9, u ← m · u + g, w ← w − η_{t+1} · u, by v = η · u, for any sequence of rates,
   from a schedule or assigned by hand. `keras.optimizers.SGD` is eq. 10 without the factor: a
@@ -85,13 +85,13 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
       self.buffer_learning_rate.assign(scale)
 
   def momentum_correction_factor(self):
-    """η_{t+1} / η_t for the step that comes next (1 before the first step, or without correction)."""
+    """η_{t+1} / η_t for the step that comes next (1 before the first, or without correction)."""
     if not (self.built and self.momentum_correction):
       return tf.ones([], keras.config.floatx())
     return self._buffer_scale(self.learning_rate, self.buffer_learning_rate.dtype)[1]
 
   def _buffer_scale(self, learning_rate, dtype):
-    """The rate that this step's buffer is scaled by, and the factor that takes the old one there."""
+    """The rate that this step's buffer is scaled by, and the factor that takes the old there."""
     learning_rate = tf.cast(learning_rate, dtype)
     last = tf.cast(self.buffer_learning_rate, dtype)
     known = last != 0

@@ -1,7 +1,10 @@
 """The recipe: everything that decides what a run computes, with the paper's values as defaults."""
 
 import dataclasses
+import itertools
 import math
+import types
+import typing
 
 from tf_largebatch.errors import UserError
 
@@ -14,6 +17,30 @@ DTYPES = ("float32", "bfloat16", "float64")
 
 def _field(default, help_text: str, choices: tuple[str, ...] | None = None):
   return dataclasses.field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+def _checked(field: dataclasses.Field, value):
+  """The value as the field's type (a whole number will do for a float), or a UserError."""
+  kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+  if value is None and types.NoneType in kinds:
+    return None
+  kind = kinds[0]
+  choices = field.metadata["choices"]
+  if choices and value not in choices:
+    raise UserError(f"{field.name}={value!r} is unknown; one of {', '.join(choices)} would do.")
+  if typing.get_origin(kind) is tuple and isinstance(value, tuple | list):
+    if all(_is_finite_number(item) for item in value):
+      return tuple(float(item) for item in value)
+  elif kind is float and _is_finite_number(value):
+    return float(value)
+  elif type(value) is kind and kind is not float:
+    return value
+  kind_name = {int: "a whole number", bool: "True or False", str: "text"}.get(kind, "finite")
+  raise UserError(f"{field.name}={value!r} is refused; it must be {kind_name}.")
+
+
+def _is_finite_number(value) -> bool:
+  return type(value) in (int, float) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,16 +133,8 @@ class Recipe:
   seed: int = _field(0, "Seed of the initial weights, the shuffles and the augmentation.")
 
   def __post_init__(self):
-    for name in ("channel_mean", "channel_std", "decay_epochs"):
-      value = getattr(self, name)
-      if value is not None:
-        object.__setattr__(self, name, tuple(float(x) for x in value))
     for field in dataclasses.fields(self):
-      choices, value = field.metadata["choices"], getattr(self, field.name)
-      if choices and value is not None and value not in choices:
-        raise UserError(f"{field.name}={value!r} is unknown; one of {', '.join(choices)} would do.")
-      if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{field.name}={value} is no finite number.")
+      object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
     self._require("workers", self.workers is None or self.workers >= 1, "at least 1")
     self._require("image_size", self.image_size is None or self.image_size >= 1, "at least 1")
     for name in ("per_worker_batch_size", "epochs", "reference_batch_size"):
@@ -126,17 +145,20 @@ class Recipe:
       self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
     self._require("weight_decay", self.weight_decay >= 0, "at least 0")
     self._require("seed", 0 <= self.seed < 2**31, "in [0, 2^31)")
-    self._require(
-      "warmup_epochs", 0 <= self.warmup_epochs < self.epochs, f"in [0, epochs={self.epochs})"
-    )
+    self._require("warmup_epochs", self.warmup_epochs >= 0, "at least 0")
+    if self.workers is None or self.warms_up:
+      limit = f"below epochs={self.epochs}, or warmup=none"
+      self._require(
+        "warmup_epochs", self.warmup == "none" or self.warmup_epochs < self.epochs, limit
+      )
     decays = self.decay_epochs
     self._require(
       "decay_epochs",
-      all(x > 0 for x in decays) and all(a < b for a, b in zip(decays, decays[1:], strict=False)),
+      all(x > 0 for x in decays) and all(a < b for a, b in itertools.pairwise(decays)),
       "above 0 and each later than the one before",
     )
     if self.channel_std is not None:
-      self._require("channel_std", all(x > 0 for x in self.channel_std), "above 0")
+      self._require("channel_std", all(x > 0 for x in self.channel_std), "above 0 in all channels")
 
   def _require(self, name: str, holds: bool, would_do: str):
     if not holds:
@@ -148,6 +170,11 @@ class Recipe:
     if self.workers is None:
       raise ValueError("workers is not chosen yet.")
     return self.workers * self.per_worker_batch_size
+
+  @property
+  def warms_up(self) -> bool:
+    """Whether there is a warmup at all: it is for kn above the reference's minibatch (§5.3)."""
+    return self.warmup != "none" and self.global_batch_size > self.reference_batch_size
 
   @property
   def peak_learning_rate(self) -> float:

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Sequence
 
 import keras
+import numpy as np
 
 from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import NETWORKS
@@ -156,9 +157,16 @@ def build(
   variable_dtype = keras.dtype_policies.get(dtype).variable_dtype
   layers = _Layers(normalization, last_gamma, dtype, seed)
   inputs = keras.Input(input_shape, dtype=variable_dtype, name="image")
+  mean, std = np.asarray(channel_mean, np.float64), np.asarray(channel_std, np.float64)
+  if not mean.shape == std.shape == (input_shape[-1],):
+    raise ValueError(
+      f"channel_mean and channel_std must have one value for each of {input_shape[-1]} channels, "
+      f"not {len(mean)} and {len(std)}."
+    )
   x = keras.layers.Rescaling(
-    scale=[1 / std for std in channel_std],
-    offset=[-mean / std for mean, std in zip(channel_mean, channel_std, strict=True)],
+    # Arrays of float64: Keras would round lists to float32, also in a float64 network.
+    scale=1 / std,
+    offset=-mean / std,
     dtype=variable_dtype,
     name="normalize_channels",
   )(inputs)

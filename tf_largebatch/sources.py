@@ -4,7 +4,7 @@ A source is any object with
 
     num_examples, num_classes      ints
     image_shape                    (H, W, C) where all images share it, else None
-    read(index)                    int64 scalar tensor → (image, label) in a tf.data graph: the image
+    read(index)                    int64 scalar → (image, label) in a tf.data graph: the image
                                    uint8 [H, W, C] where image_shape is known, else its encoded
                                    bytes (string scalar); the label an int32 scalar
 

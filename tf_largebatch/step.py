@@ -18,9 +18,7 @@ def _loss_sum(recipe: Recipe, labels, logits):
   """Σ over the images of the cross-entropy (a scalar in the logits' dtype)."""
   classes = logits.shape[-1]
   rest = recipe.label_smoothing / classes
-  targets = tf.one_hot(
-    labels, classes, 1 - recipe.label_smoothing + rest, rest, dtype=logits.dtype
-  )
+  targets = tf.one_hot(labels, classes, 1 - recipe.label_smoothing + rest, rest, dtype=logits.dtype)
   return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
 
 
@@ -142,6 +140,8 @@ def make_evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model) -
 
   @tf.function
   def evaluation_step(batch):
-    return [strategy.experimental_local_results(v)[0] for v in strategy.run(replica_step, args=batch)]
+    return [
+      strategy.experimental_local_results(v)[0] for v in strategy.run(replica_step, args=batch)
+    ]
 
   return evaluation_step

@@ -2,8 +2,8 @@
 
   python -m tf_largebatch.train --flagfile=flags/cifar10_resnet20.flags --work_dir=runs/cifar10
 
-Every field of `Recipe` is a flag of the same name. On several machines the same command runs on each
-with its own `TF_CONFIG`.
+Every field of `Recipe` is a flag of the same name. On several machines the same command runs on
+each with its own `TF_CONFIG`.
 """
 
 import dataclasses
@@ -70,7 +70,9 @@ def recipe_from_flags(values: flags.FlagValues = flags.FLAGS) -> Recipe:
       try:
         value = tuple(float(item) for item in value if item.strip())
       except ValueError as error:
-        raise UserError(f"{field.name}={','.join(value)} is no list of numbers: {error}.") from error
+        raise UserError(
+          f"{field.name}={','.join(value)} is no list of numbers: {error}."
+        ) from error
     fields[field.name] = value
   return Recipe(**fields)
 
@@ -78,7 +80,9 @@ def recipe_from_flags(values: flags.FlagValues = flags.FLAGS) -> Recipe:
 def _flagfile(values: flags.FlagValues = flags.FLAGS) -> str:
   """A flagfile that repeats this run."""
   names = [field.name for field in _FIELDS] + [flag.name for flag in _RUN_FLAGS]
-  return "".join(f"{values[name].serialize()}\n" for name in names if values[name].value is not None)
+  return "".join(
+    f"{values[name].serialize()}\n" for name in names if values[name].value is not None
+  )
 
 
 def main(argv):

@@ -94,18 +94,7 @@ def train_and_evaluate(
   if done:
     logging.info("Continuing from step %d of %d.", done, derived["total_steps"])
 
-  train_batches = iter(
-    strategy.distribute_datasets_from_function(
-      lambda context: input_pipeline.train_dataset(
-        recipe,
-        source,
-        first_worker=context.input_pipeline_id * recipe.workers // context.num_input_pipelines,
-        num_workers=recipe.workers // context.num_input_pipelines,
-        workers_per_replica=derived["workers_per_replica"],
-        first_step=done,
-      )
-    )
-  )
+  train_batches = iter(distribute_train_dataset(strategy, recipe, source, done))
   train_step = step.make_train_step(strategy, model, optimizer, recipe)
   evaluate = make_evaluation(strategy, plain_model, recipe, validation, evaluation_batch_size)
   steps_per_epoch = derived["steps_per_epoch"]
@@ -140,7 +129,9 @@ def train_and_evaluate(
   if cluster.is_chief:
     plain_model.set_weights(model.get_weights())
     _save_plain(plain_model, recipe, source, os.path.join(work_dir, "model.keras"))
-    _write_json(os.path.join(work_dir, "result.json"), result)  # Last: it says that the run is complete.
+    _write_json(
+      os.path.join(work_dir, "result.json"), result
+    )  # Last: it says that the run is complete.
   return result
 
 
@@ -249,6 +240,23 @@ def build_optimizer(recipe: Recipe, train_examples: int) -> MomentumCorrectedSGD
     momentum_correction=recipe.momentum_correction,
     weight_decay=recipe.weight_decay,
   )
+
+
+def distribute_train_dataset(strategy, recipe: Recipe, source, first_step: int):
+  """Each replica's own workers' batches, from a step on (see `input_pipeline.train_dataset`)."""
+
+  def dataset(context):
+    workers_per_task = recipe.workers // context.num_input_pipelines
+    return input_pipeline.train_dataset(
+      recipe,
+      source,
+      first_worker=context.input_pipeline_id * workers_per_task,
+      num_workers=workers_per_task,
+      workers_per_replica=recipe.workers // context.num_replicas_in_sync,
+      first_step=first_step,
+    )
+
+  return strategy.distribute_datasets_from_function(dataset)
 
 
 def _train_epoch(
@@ -393,8 +401,7 @@ def _save_plain(plain_model, recipe: Recipe, source, path: str):
 
 
 def _log_arithmetic(recipe: Recipe, derived: dict, source, validation, cluster: dict):
-  warms_up = recipe.warmup != "none" and recipe.global_batch_size > recipe.reference_batch_size
-  warmup = f"{recipe.warmup} for {recipe.warmup_epochs:g} epochs" if warms_up else "none"
+  warmup = f"{recipe.warmup} for {recipe.warmup_epochs:g} epochs" if recipe.warms_up else "none"
   for line in (
     f"{recipe.network} on {recipe.dataset}: {source.num_examples} training images, "
     f"{validation.num_examples} to validate on, {recipe.image_size}x{recipe.image_size}, "

@@ -1,0 +1,22 @@
+# make train: set up, fetch CIFAR-10, train ResNet-20. make test: lint, then every test.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: train test lint
+
+train: $(VENV)/.installed
+	$(RUN) -m tf_largebatch.train --flagfile=flags/cifar10_resnet20.flags \
+	  --data_dir=data --work_dir=runs/cifar10_resnet20
+
+test: lint
+	$(RUN) -m pytest -q
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	touch $@
