@@ -56,6 +56,21 @@ def test_the_newest_is_restored_and_three_are_kept(tmp_path):
   assert float(fresh_optimizer.learning_rate) == 1000
 
 
+@pytest.mark.parametrize("damage", ["empty", "half", "no zip"])
+def test_a_torn_checkpoint_is_passed_over(tmp_path, damage):
+  model, optimizer = make()
+  for step in (5, 20):
+    optimizer.learning_rate = step
+    path = checkpoint.save(str(tmp_path), step, 0.0, model, optimizer)
+  with open(path, "rb") as file:
+    content = file.read()
+  with open(path, "wb") as file:
+    file.write({"empty": b"", "half": content[: len(content) // 2], "no zip": b"x" * 99}[damage])
+  fresh_model, fresh_optimizer = make()
+  assert checkpoint.restore_newest(str(tmp_path), fresh_model, fresh_optimizer)[0] == 5
+  assert float(fresh_optimizer.learning_rate) == 5
+
+
 def test_without_a_checkpoint_nothing_changes(tmp_path):
   model, optimizer = make()
   values = randomize(model, optimizer)

@@ -66,6 +66,25 @@ def test_the_shuffle_depends_on_seed_and_epoch_and_mixes_the_workers():
   assert set(epochs[0][:, 0].ravel()) != set(epochs[1][:, 0].ravel())
 
 
+def test_the_shuffle_is_as_good_as_random():
+  """No correlation of epochs, seeds or neighbours; none comes again for its low bits."""
+  for examples in (50_000, 65_000):
+    recipe = dataclasses.replace(RECIPE, workers=1, per_worker_batch_size=examples)
+
+    def shuffle(epoch, seed=0, recipe=recipe, examples=examples):
+      recipe = dataclasses.replace(recipe, seed=seed)
+      return input_pipeline.example_ids(recipe, examples, epoch, 0)
+
+    first = shuffle(0)
+    np.testing.assert_array_equal(np.sort(first), np.arange(examples))
+    others = [shuffle(1), shuffle(256), shuffle(65536), shuffle(0, 1), shuffle(0, 256)]
+    others += [shuffle(0, 65536), np.roll(first, 1), np.arange(examples)]
+    for other in others:
+      # Standard deviation 1 / sqrt(50 000) = 0.0045 for independent permutations.
+      assert abs(np.corrcoef(first, other)[0, 1]) < 0.025
+      assert np.sum(first == other) < 12  # Poisson with mean 1.
+
+
 def test_the_shuffle_is_of_examples_not_of_their_grouping():
   """2 workers of 12 and 4 of 6 see the same examples at each step, in the same order."""
   regrouped = dataclasses.replace(RECIPE, workers=2, per_worker_batch_size=12)
@@ -122,8 +141,32 @@ def test_augmentation_is_the_same_on_every_cluster_and_changes_with_the_epoch(so
   second = dict(zip(ids_of_step(4).ravel(), whole[4].reshape(-1, 8, 8, 3), strict=True))
   changed = [np.any(first[i] != second[i]) for i in first.keys() & second.keys()]
   assert len(changed) > 10 and np.mean(changed) > 0.9
-  flips = dataclasses.replace(recipe, seed=6)
-  assert np.any(task_batches(flips, source, 1, 1, 0, 1)[0][0][0] != whole[0])
+
+
+@pytest.mark.parametrize("augmentation", ["pad_crop", "area_crop"])
+def test_augmentation_depends_on_seed_epoch_and_position(source, augmentation, monkeypatch):
+  # The same example everywhere: what differs is the augmentation.
+  monkeypatch.setattr(input_pipeline, "_example_id", lambda *_: tf.constant(7, tf.int64))
+
+  def images(seed, first_step):
+    recipe = dataclasses.replace(RECIPE, augmentation=augmentation, seed=seed)
+    return task_batches(recipe, source, 1, 1, first_step, 1)[0][0][0].reshape(24, -1)
+
+  first = images(5, 0)
+  np.testing.assert_array_equal(images(5, 0), first)
+  for other in (images(6, 0), images(5, 4)):
+    assert np.mean(np.any(first != other, axis=1)) > 0.9
+  assert len(np.unique(first, axis=0)) > 20  # Each position has a draw of its own.
+
+
+def test_half_of_the_area_crops_are_flipped(monkeypatch):
+  ramp = np.tile(np.arange(8, dtype=np.uint8)[:, None], (EXAMPLES, 8, 1, 3)) * 30
+  ramp_source = sources.ArraySource(ramp, np.arange(EXAMPLES), EXAMPLES)
+  recipe = dataclasses.replace(RECIPE, augmentation="area_crop")
+  batches = task_batches(recipe, ramp_source, 1, 1, 0, 12)
+  images = np.concatenate([step[0][0].reshape(-1, 8, 8, 3) for step in batches]).astype(int)
+  flipped = np.mean(images[:, :, 0], (1, 2)) > np.mean(images[:, :, -1], (1, 2))
+  assert len(flipped) == 288 and 0.38 < np.mean(flipped) < 0.62  # Four standard deviations.
 
 
 def test_pad_crop_pads_with_the_mean_shifts_by_up_to_four_and_flips(source):
@@ -166,8 +209,12 @@ def test_random_area_has_the_papers_area_and_aspect(shape):
   assert share.min() < 0.1 and share.max() > 0.85 and aspect.min() < 0.78 and aspect.max() > 1.3
   assert 0.45 < np.mean(np.log(aspect) > 0) < 0.55 or shape[0] != shape[1]
   # Crops fall left and right, above and below alike.
-  room = shape[1] - width
-  assert 0.47 < np.mean(left[room > 20] / room[room > 20]) < 0.53
+  for offset, room in ((left, shape[1] - width), (top, shape[0] - height)):
+    assert 0.47 < np.mean(offset[room > 20] / room[room > 20]) < 0.53
+  if shape[0] == shape[1]:
+    # Uniform: the mean of 8-100% is 54%, a little less as the largest fit least often.
+    assert 0.49 < np.mean(share) < 0.55
+    assert 0.22 < np.mean(share < 0.31) < 0.29  # A quarter lies below 8% + 92% / 4.
 
 
 def test_random_area_of_a_sliver_falls_back_to_a_centre_crop():

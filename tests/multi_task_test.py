@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 
@@ -107,4 +108,36 @@ def test_workers_that_the_tasks_do_not_divide_are_refused(tmp_path):
   assert finished.returncode == 1
   assert re.search(r"\] error: workers=3 .* 2 or 4 *", finished.stdout)
   assert "Traceback" not in finished.stdout
+  assert not (tmp_path / "run").exists()
+
+
+def test_tasks_with_different_recipes_do_not_train_together(tmp_path):
+  sockets = [socket.socket() for _ in range(2)]
+  for one in sockets:
+    one.bind(("127.0.0.1", 0))
+  addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
+  for one in sockets:
+    one.close()
+  tasks = []
+  for index in range(2):
+    config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+    command = [sys.executable, "-m", "tf_largebatch.train", *FLAGS, f"--seed={index}"]
+    tasks.append(
+      subprocess.Popen(
+        [*command, f"--work_dir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        env={**os.environ, "TF_CONFIG": json.dumps(config)},
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+    )
+  try:
+    errors = [task.communicate(timeout=120)[1] for task in tasks]
+  finally:
+    for task in tasks:
+      task.kill()
+      task.wait()
+  for task, error in zip(tasks, errors, strict=True):
+    assert task.returncode == 1, error
+    assert "error: The tasks do not agree: " in error and "Traceback" not in error
   assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -42,17 +43,19 @@ def train(work_dir, recipe=RECIPE, **arguments):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   directory = tmp_path_factory.mktemp("runs") / "whole"
-  return directory, train(directory, flags_text="--workers=2\n")
+  return directory, train(directory, run_flags="--log_every_steps=2\n")
 
 
 def test_what_a_run_leaves(run):
   directory, result = run
   assert json.loads((directory / "result.json").read_text()) == result
   assert result["status"] == "complete" and result["steps"] == STEPS
-  assert (directory / "flags.txt").read_text() == "--workers=2\n"
+  flags = (directory / "flags.txt").read_text().splitlines()
+  assert flags[-1] == "--log_every_steps=2" and "--workers=2" in flags
+  # What the recipe left out is there as chosen, so that it is the same recipe anywhere.
+  assert "--channel_std=58.395,57.12,57.375" in flags
   facts = json.loads((directory / "recipe.json").read_text())
   assert facts["recipe"]["workers"] == 2
-  # What the recipe left out is there as chosen.
   np.testing.assert_allclose(facts["recipe"]["channel_mean"], [123.675, 116.28, 103.53])
   assert facts["derived"] == {
     "train_examples": 70,
@@ -182,6 +185,35 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   with pytest.raises(UserError, match="diverged"):
     train(tmp_path, wild)
   assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_evaluation_that_is_not_finite_leaves_no_checkpoint(tmp_path):
+  """The loss of the only step is that of the weights before it."""
+  wild = dataclasses.replace(
+    RECIPE, train_split="train[:20]", epochs=1, reference_learning_rate=1e30, warmup="none"
+  )
+  with pytest.raises(UserError, match="validation loss"):
+    train(tmp_path, wild)
+  assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "result.json").exists()
+
+
+def test_cut_off_before_the_result_was_written(run, tmp_path):
+  """All steps are done and saved: only model.keras and result.json are left to write."""
+  directory, result = run
+  copy = tmp_path / "copy"
+  shutil.copytree(directory, copy)
+  (copy / "result.json").unlink()
+  (copy / "model.keras").unlink()
+  assert train(copy) == result
+  assert (copy / "model.keras").exists()
+
+
+def test_damaged_results_are_told_in_one_line(run, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(run[0], copy)
+  (copy / "result.json").write_text('{"status": "comp')
+  with pytest.raises(UserError, match="is no result of a run"):
+    train(copy)
 
 
 @pytest.mark.parametrize(

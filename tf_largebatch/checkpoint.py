@@ -3,10 +3,13 @@
 import io
 import os
 import re
+import zipfile
+import zlib
 
 import keras
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from tf_largebatch.errors import UserError
 
@@ -52,7 +55,7 @@ def save(directory: str, step: int, seconds: float, model: keras.Model, optimize
 
 
 def restore_newest(directory: str, model: keras.Model, optimizer) -> tuple[int, float]:
-  """Assigns the newest checkpoint's state.
+  """Assigns the state of the newest checkpoint that can be read; a torn one is passed over.
 
   Returns:
     (steps done, seconds trained); (0, 0.0) where there is no checkpoint.
@@ -60,23 +63,26 @@ def restore_newest(directory: str, model: keras.Model, optimizer) -> tuple[int, 
   Raises:
     UserError: the checkpoint belongs to another network or optimizer.
   """
-  saved = _saved(directory)
-  if not saved:
+  for name in reversed(_saved(directory)):
+    path = os.path.join(directory, name)
+    try:
+      with tf.io.gfile.GFile(path, "rb") as file:
+        arrays = dict(np.load(io.BytesIO(file.read())))
+      step, seconds = int(arrays.pop("step")), float(arrays.pop("seconds"))
+      break
+    except (EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+      logging.warning("The checkpoint %s cannot be read (%s); trying an older one.", path, error)
+  else:
     return 0, 0.0
-  path = os.path.join(directory, saved[-1])
-  with tf.io.gfile.GFile(path, "rb") as file:
-    arrays = np.load(io.BytesIO(file.read()))
   variables = _variables(model, optimizer)
-  if {name: v.shape for name, v in variables.items()} != {
-    name: arrays[name].shape for name in arrays.files if name not in ("step", "seconds")
-  }:
+  if {k: tuple(v.shape) for k, v in variables.items()} != {k: v.shape for k, v in arrays.items()}:
     raise UserError(
       f"The checkpoint {path} holds other variables than this recipe's network and optimizer; it "
       "was written by another version: continue with that one, or choose another work_dir."
     )
   for name, variable in variables.items():
     variable.assign(arrays[name])
-  return int(arrays["step"]), float(arrays["seconds"])
+  return step, seconds
 
 
 def _saved(directory: str) -> list[str]:

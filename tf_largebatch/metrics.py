@@ -100,7 +100,7 @@ class MetricsWriter:
 
 
 def read_metrics(work_dir: str) -> list[dict]:
-  """The records of `metrics.jsonl`, in order; a line that was cut off ends the list."""
+  """The records of `metrics.jsonl`, in order; a line that is none (cut off, say) ends the list."""
   path = os.path.join(work_dir, "metrics.jsonl")
   if not tf.io.gfile.exists(path):
     return []
@@ -108,8 +108,9 @@ def read_metrics(work_dir: str) -> list[dict]:
   with tf.io.gfile.GFile(path) as file:
     for line in file.read().splitlines():
       try:
-        records.append(json.loads(line))
-      except json.JSONDecodeError:
+        record = json.loads(line)
+        records.append({**record, "step": int(record["step"]), "kind": str(record["kind"])})
+      except (ValueError, TypeError, KeyError):
         break
   return records
 

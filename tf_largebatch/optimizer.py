@@ -102,36 +102,43 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     return scale, factor
 
   def _backend_update_step(self, grads, trainable_variables, learning_rate):
+    # What depends on the rate alone is computed here, once for all variables.
+    learning_rate = tf.cast(learning_rate, self.buffer_learning_rate.dtype)
+    scale, factor, moves = learning_rate, 1.0, 1.0
+    if self.momentum_correction:
+      scale, factor = self._buffer_scale(learning_rate, learning_rate.dtype)
+      moves = tf.cast(learning_rate != 0, scale.dtype)
+    coefficients = {
+      "decay": self.momentum * factor,  # v ← decay · v + scale · g
+      "scale": scale,
+      "moves_buffer": moves * (self.momentum if self.nesterov else 1.0),
+      "moves_gradient": moves * scale,  # w ← w − (moves_buffer · v + moves_gradient · g)
+    }
+    coefficients = {name: tf.convert_to_tensor(x, scale.dtype) for name, x in coefficients.items()}
     if not tf.distribute.in_cross_replica_context():
       # A replica's own gradients, as in `fit`: Keras sums them over the replicas (SUM, not mean).
-      super()._backend_update_step(grads, trainable_variables, learning_rate)
+      super()._backend_update_step(grads, trainable_variables, coefficients)
       return
     # The caller has summed them (`step`, in one reduction with all else): only update the copies.
     values = [getattr(variable, "value", variable) for variable in trainable_variables]
     strategy = tf.distribute.get_strategy()
-    self._distributed_tf_update_step(strategy, zip(grads, values, strict=True), learning_rate)
+    self._distributed_tf_update_step(strategy, zip(grads, values, strict=True), coefficients)
 
   def update_step(self, gradient, variable, learning_rate):
+    """Updates one variable; `learning_rate` holds the coefficients made from it above."""
     dtype = variable.dtype
     index = self._get_variable_index(variable)
-    buffer = self.momentums[index]
-    momentum = tf.constant(self.momentum, dtype)
+    by = {name: tf.cast(value, dtype) for name, value in learning_rate.items()}
     gradient = tf.cast(tf.convert_to_tensor(gradient), dtype)
     if self._decayed[index] and self.coupled_weight_decay:
       gradient += tf.constant(self.coupled_weight_decay, dtype) * variable
-    scale = tf.cast(learning_rate, dtype)
-    moves = tf.ones([], dtype)
-    decay = momentum
-    if self.momentum_correction:
-      moves = tf.cast(scale != 0, dtype)
-      scale, factor = self._buffer_scale(learning_rate, dtype)
-      decay = momentum * factor
-    velocity = decay * buffer + scale * gradient
+    buffer = self.momentums[index]
+    velocity = by["decay"] * buffer + by["scale"] * gradient
     self.assign(buffer, velocity)
+    update = by["moves_buffer"] * velocity
     if self.nesterov:
-      self.assign_sub(variable, (moves * momentum) * velocity + (moves * scale) * gradient)
-    else:
-      self.assign_sub(variable, moves * velocity)
+      update += by["moves_gradient"] * gradient
+    self.assign_sub(variable, update)
 
   def get_config(self):
     learning_rate = self._learning_rate

@@ -157,6 +157,8 @@ class Recipe:
       all(x > 0 for x in decays) and all(a < b for a, b in itertools.pairwise(decays)),
       "above 0 and each later than the one before",
     )
+    if self.channel_mean is not None:
+      self._require("channel_mean", all(0 <= x <= 255 for x in self.channel_mean), "in [0, 255]")
     if self.channel_std is not None:
       self._require("channel_std", all(x > 0 for x in self.channel_std), "above 0 in all channels")
 
@@ -211,6 +213,15 @@ class Recipe:
       name: list(value) if isinstance(value, tuple) else value
       for name, value in dataclasses.asdict(self).items()
     }
+
+  def to_flagfile(self) -> str:
+    """A flag a line for every field that is not None: a flagfile that repeats the recipe."""
+    lines = []
+    for name, value in self.to_dict().items():
+      if value is not None:
+        value = ",".join(map(str, value)) if isinstance(value, list) else value
+        lines.append(f"--{name}={value}\n")
+    return "".join(lines)
 
 
 def scaled_learning_rate(

@@ -17,6 +17,7 @@ import struct
 
 import numpy as np
 import tensorflow as tf
+import tensorflow_datasets as tfds
 
 from tf_largebatch.errors import UserError
 
@@ -126,9 +127,11 @@ class TFRecordSource:
 
 def _record_offsets(filename, stop: int | None) -> np.ndarray:
   """Byte offset of each record of a TFRecord file, up to `stop` records."""
-  offsets = []
-  with tf.io.gfile.GFile(filename, "rb") as file:
-    size, offset = file.size(), 0
+  offsets, offset = [], 0
+  size = tf.io.gfile.stat(filename).length
+  # Without a buffer where it can be: one would read on past each header, and so the whole file.
+  remote = "://" in str(filename)
+  with tf.io.gfile.GFile(filename, "rb") if remote else open(filename, "rb", 0) as file:
     while offset < size and (stop is None or len(offsets) < stop):
       offsets.append(offset)
       file.seek(offset)
@@ -151,7 +154,7 @@ def defaults(dataset: str, data_dir: str, validation_split: str | None = None) -
   """
   splits, shape = list(_SYNTHETIC_SPLITS), (None, None, 3)
   if dataset != "synthetic":
-    info = _builder(dataset, data_dir).info
+    info = tfds.builder(dataset, data_dir=data_dir).info
     splits, shape = list(info.splits), info.features[_keys(info)[0]].shape
   if validation_split is None:
     found = [split for split in ("validation", "test") if split in splits]
@@ -181,9 +184,7 @@ def open_source(dataset: str, split: str, data_dir: str, image_size: int | None 
   """
   if dataset == "synthetic":
     return _open_synthetic(split, image_size or 224)
-  import tensorflow_datasets as tfds
-
-  builder = _builder(dataset, data_dir)
+  builder = tfds.builder(dataset, data_dir=data_dir)
   info = builder.info
   try:
     selected = info.splits[split]
@@ -221,16 +222,8 @@ def _missing_split(dataset: str, split: str, splits) -> UserError:
   )
 
 
-def _builder(dataset: str, data_dir: str):
-  import tensorflow_datasets as tfds  # Costs a second that synthetic runs need not pay.
-
-  return tfds.builder(dataset, data_dir=data_dir)
-
-
 def _keys(info) -> tuple[str, str]:
   """The features that hold the image and the label."""
-  import tensorflow_datasets as tfds
-
   keys = info.supervised_keys
   if keys and len(keys) == 2 and all(key in info.features for key in keys):
     image, label = (info.features[key] for key in keys)

@@ -1,7 +1,7 @@
 """One training step of k workers on any number of replicas, and its counterpart in evaluation.
 
-A worker's pass is a pure function of the weights and its n images. A replica runs the passes of the
-workers it carries one after the other and adds up what they return; one all-reduce adds up the
+A worker's pass is a pure function of the weights and its n images. A replica loops over the
+workers it carries and adds up what they return; one all-reduce adds up the
 replicas; then every replica makes the same update. Where a worker runs changes nothing but the
 order in which floats are summed.
 """
@@ -12,6 +12,10 @@ import keras
 import tensorflow as tf
 
 from tf_largebatch.recipe import Recipe
+
+# Passes of workers that a replica may have under way at once: two keep a CPU's cores busy where
+# each op is small, and hold the activations of two.
+WORKERS_AT_ONCE = 2
 
 
 def _loss_sum(recipe: Recipe, labels, logits):
@@ -60,14 +64,14 @@ def _replica_sums(model: keras.Model, recipe: Recipe, images, labels):
     return gradients, [update / workers for update in updates], loss, error
 
   def add_worker(index, sums):
-    addends = worker_pass(tf.gather(images, index), tf.gather(labels, index))
+    addends = worker_pass(images[index], labels[index])
     return index + 1, tf.nest.map_structure(tf.add, sums, addends)
 
   zero = tf.zeros([], weights[0].dtype)
   zeros = ([tf.zeros_like(w) for w in weights], [tf.zeros_like(s) for s in statistics], zero, zero)
   count = images.shape[0]
   _, sums = tf.while_loop(
-    lambda index, _: index < count, add_worker, (0, zeros), parallel_iterations=1
+    lambda index, _: index < count, add_worker, (0, zeros), parallel_iterations=WORKERS_AT_ONCE
   )
   return sums
 
@@ -106,8 +110,6 @@ def make_train_step(
       "gradient_norm": tf.linalg.global_norm(gradients),
       "weight_norm": tf.linalg.global_norm(_tensors(model.trainable_variables)),
     }
-    with tf.control_dependencies(list(scalars.values())):  # Read before the update.
-      gradients = [tf.identity(gradient) for gradient in gradients]
     replica.merge_call(update, args=((gradients, statistics),))
     return scalars
 

@@ -77,14 +77,6 @@ def recipe_from_flags(values: flags.FlagValues = flags.FLAGS) -> Recipe:
   return Recipe(**fields)
 
 
-def _flagfile(values: flags.FlagValues = flags.FLAGS) -> str:
-  """A flagfile that repeats this run."""
-  names = [field.name for field in _FIELDS] + [flag.name for flag in _RUN_FLAGS]
-  return "".join(
-    f"{values[name].serialize()}\n" for name in names if values[name].value is not None
-  )
-
-
 def main(argv):
   """Trains, and returns the process' exit status."""
   try:
@@ -93,6 +85,9 @@ def main(argv):
     recipe, cluster = recipe_from_flags(), read_cluster()
     if not flags.FLAGS.work_dir:
       raise UserError("No --work_dir was given; name a directory for what the run leaves.")
+    if (recipe.workers or 1) >= 2 and (os.cpu_count() or 1) <= 2:
+      # Two workers' passes at once, a thread each, beat two threads for each op of one.
+      os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
     # Only now, for TensorFlow takes seconds to import and a user's mistake should not wait for it.
     from tf_largebatch import training
 
@@ -105,7 +100,7 @@ def main(argv):
       communication=flags.FLAGS.communication,
       log_every_steps=flags.FLAGS.log_every_steps,
       evaluation_batch_size=flags.FLAGS.evaluation_batch_size,
-      flags_text=_flagfile(),
+      run_flags="".join(f"{flags.FLAGS[flag.name].serialize()}\n" for flag in _RUN_FLAGS),
     )
   except UserError as error:
     print(f"error: {error}", file=sys.stderr, flush=True)

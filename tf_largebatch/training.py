@@ -1,6 +1,7 @@
 """A run: resolve the recipe, build, restore, then epochs of steps, evaluations and checkpoints."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -10,6 +11,7 @@ import platform
 import statistics
 import tempfile
 import time
+import zlib
 
 import keras
 import numpy as np
@@ -37,7 +39,7 @@ def train_and_evaluate(
   communication: str = "auto",
   log_every_steps: int = 10,
   evaluation_batch_size: int = 128,
-  flags_text: str = "",
+  run_flags: str = "",
 ) -> dict:
   """Trains by the recipe, or continues, and leaves the run in its work directory.
 
@@ -49,11 +51,11 @@ def train_and_evaluate(
     communication: "auto", "nccl" or "ring", see `cluster.make_strategy`.
     log_every_steps: steps between two train records (loss and error are means over them).
     evaluation_batch_size: images a replica evaluates at once.
-    flags_text: written to `flags.txt`.
+    run_flags: the flags beside the recipe's, for `flags.txt`.
 
   Returns:
-    What `result.json` holds: status, steps, val_error, val_error_median_last_5 (fractions),
-    images_per_second, seconds, weights_sha256.
+    On the chief, what `result.json` holds: status, steps, val_error, val_error_median_last_5
+    (fractions), images_per_second, seconds, weights_sha256.
 
   Raises:
     UserError: the recipe, the data or the work directory do not fit; one line.
@@ -61,11 +63,18 @@ def train_and_evaluate(
   cluster = cluster or Cluster()
   # First of all: TensorFlow takes no cluster after its first operation.
   strategy = make_strategy(cluster, communication)
+  # TensorFloat-32 would round float32 on some GPUs to 10 bits: another recipe, not other hardware.
+  tf.config.experimental.enable_tensor_float_32_execution(False)
   if recipe.dataset != "synthetic":
     preparation.prepare(recipe.dataset, data_dir)
   replicas = strategy.num_replicas_in_sync
   recipe = resolve(recipe, replicas, data_dir)
   result = find_run(work_dir, recipe)
+  if cluster.num_tasks > 1:
+    facts = (recipe, evaluation_batch_size, log_every_steps, result is None)
+    _require_agreement(
+      strategy, facts, "the flags, the data or the work_dir differ; it must be one that all see"
+    )
   if result is not None:
     logging.info("The run in %s is complete; nothing is left to do.", work_dir)
     return result
@@ -81,16 +90,18 @@ def train_and_evaluate(
   if cluster.is_chief:
     facts = {"recipe": recipe.to_dict(), "derived": derived, **environment}
     _write_json(os.path.join(work_dir, "recipe.json"), facts)
-    _write_text(os.path.join(work_dir, "flags.txt"), flags_text)
+    _write_text(os.path.join(work_dir, "flags.txt"), recipe.to_flagfile() + run_flags)
 
   with strategy.scope():
-    model, plain_model = build_models(recipe, source)
+    model = build_model(recipe, source.num_classes)
+    plain_model = build_model(recipe, source.num_classes, plain=True)
     optimizer = build_optimizer(recipe, source.num_examples)
     optimizer.build(model.trainable_variables)
   checkpoints = os.path.join(work_dir, "checkpoints")
   done, seconds = checkpoint.restore_newest(checkpoints, model, optimizer)
   if cluster.num_tasks > 1:
-    _require_agreement(strategy, done, work_dir)
+    facts = (done, source.num_examples, validation.num_examples)
+    _require_agreement(strategy, facts, f"this one restored step {done} from {work_dir}")
   if done:
     logging.info("Continuing from step %d of %d.", done, derived["total_steps"])
 
@@ -111,7 +122,9 @@ def train_and_evaluate(
         )
         done = last
         plain_model.set_weights(model.get_weights())
-        metrics.evaluation(done, epoch + 1, evaluate())
+        scalars = evaluate()
+        _require_finite(scalars["loss"], "validation loss", done, recipe)
+        metrics.evaluation(done, epoch + 1, scalars)
         if cluster.is_chief:
           checkpoint.save(checkpoints, done, seconds, model, optimizer)
       errors = [record["error"] for record in metrics.evaluations]
@@ -119,7 +132,7 @@ def train_and_evaluate(
   result = {
     "status": "complete",
     "steps": done,
-    "val_error": errors[-1] if errors else None,
+    "val_error": errors[-1] if errors else None,  # None where metrics.jsonl was lost.
     "val_error_median_last_5": statistics.median(errors[-5:]) if errors else None,
     "images_per_second": done * recipe.global_batch_size / seconds if seconds else None,
     "seconds": seconds,
@@ -184,40 +197,27 @@ def derive(recipe: Recipe, train_examples: int, replicas: int) -> dict:
   }
 
 
-def build_models(recipe: Recipe, source) -> tuple[keras.Model, keras.Model]:
-  """The network that is trained, and the same one of plain Keras layers.
+def build_model(recipe: Recipe, num_classes: int, plain: bool = False) -> keras.Model:
+  """The network that is trained, or the same one of plain Keras layers.
 
-  The second is evaluated and exported: the error that a run reports is that of the very model that
-  it leaves. It computes in the variables' dtype whatever the training's dtype.
+  The plain one is evaluated and exported: the error that a run reports is that of the very model
+  that it leaves. It computes in the variables' dtype whatever the training's dtype.
   """
+  layer = keras.layers.BatchNormalization if plain else PerWorkerBatchNormalization
   policy = keras.dtype_policies.get(_POLICIES[recipe.dtype])
-  shared = {
-    "input_shape": (recipe.image_size, recipe.image_size, len(recipe.channel_mean)),
-    "num_classes": source.num_classes,
-    "channel_mean": recipe.channel_mean,
-    "channel_std": recipe.channel_std,
-    "last_gamma": recipe.last_gamma,
-    "seed": recipe.seed,
-  }
-
-  def normalization(layer):
-    return lambda **arguments: layer(
-      momentum=recipe.batch_norm_momentum, epsilon=recipe.batch_norm_epsilon, **arguments
-    )
-
-  model = resnet.build(
+  return resnet.build(
     recipe.network,
-    normalization=normalization(PerWorkerBatchNormalization),
-    dtype=policy.name,
-    **shared,
+    input_shape=(recipe.image_size, recipe.image_size, len(recipe.channel_mean)),
+    num_classes=num_classes,
+    normalization=functools.partial(
+      layer, momentum=recipe.batch_norm_momentum, epsilon=recipe.batch_norm_epsilon
+    ),
+    channel_mean=recipe.channel_mean,
+    channel_std=recipe.channel_std,
+    last_gamma=recipe.last_gamma,
+    dtype=policy.variable_dtype if plain else policy.name,
+    seed=recipe.seed,
   )
-  plain_model = resnet.build(
-    recipe.network,
-    normalization=normalization(keras.layers.BatchNormalization),
-    dtype=policy.variable_dtype,
-    **shared,
-  )
-  return model, plain_model
 
 
 def build_optimizer(recipe: Recipe, train_examples: int) -> MomentumCorrectedSGD:
@@ -279,15 +279,19 @@ def _train_epoch(
     now = time.perf_counter()
     scalars["images_per_second"] = len(pending) * recipe.global_batch_size / (now - since)
     scalars["input_wait_share"] = waited / (now - since)
+    _require_finite(scalars["loss"], "loss", number, recipe)
     metrics.train(number, number / steps_per_epoch, scalars)
-    if not math.isfinite(scalars["loss"]):
-      raise UserError(
-        f"The loss is {scalars['loss']} at step {number} (rate {scalars['learning_rate']:.4g}, kn "
-        f"{recipe.global_batch_size}): training diverged; a longer warmup or a lower "
-        "reference_learning_rate would do. The last checkpoint is from before."
-      )
     since, waited, pending = now, 0.0, []
   return time.perf_counter() - began
+
+
+def _require_finite(loss: float, name: str, step_number: int, recipe: Recipe):
+  if not math.isfinite(loss):
+    raise UserError(
+      f"The {name} is {loss} after step {step_number} (peak rate {recipe.peak_learning_rate:g}, kn "
+      f"{recipe.global_batch_size}): training diverged; a longer warmup or a lower "
+      "reference_learning_rate would do."
+    )
 
 
 def make_evaluation(strategy, model, recipe: Recipe, source, batch_size: int):
@@ -346,8 +350,15 @@ def find_run(work_dir: str, recipe: Recipe) -> dict | None:
       f"work_dir={work_dir} holds another recipe's run ({'; '.join(differences)}); choose another "
       "work_dir, or that recipe to continue it."
     )
-  result = os.path.join(work_dir, "result.json")
-  return _read_json(result) if tf.io.gfile.exists(result) else None
+  path = os.path.join(work_dir, "result.json")
+  if not tf.io.gfile.exists(path):
+    return None
+  try:
+    return dict(_read_json(path))
+  except (ValueError, TypeError) as error:
+    raise UserError(
+      f"{path} is no result of a run ({_first_line(error)}); remove it to continue the run."
+    ) from error
 
 
 def _make_writable(work_dir: str):
@@ -363,22 +374,24 @@ def _make_writable(work_dir: str):
     ) from error
 
 
-def _require_agreement(strategy, done: int, work_dir: str):
-  """All tasks must have restored the same step, which takes a work directory that all see."""
+def _require_agreement(strategy, facts: tuple, otherwise: str):
+  """All tasks must have come to the same facts, or they would wait for each other for ever."""
+  digest = zlib.crc32(repr(facts).encode())
 
   @tf.function
-  def mean():
-    return strategy.run(
-      lambda: tf.distribute.get_replica_context().all_reduce(
-        tf.distribute.ReduceOp.MEAN, tf.constant(done, tf.float32)
-      )
-    )
+  def gather():
+    def replica():
+      context = tf.distribute.get_replica_context()
+      index, count = context.replica_id_in_sync_group, strategy.num_replicas_in_sync
+      # Exact: each place of the sum is one digest and zeros.
+      mine = tf.one_hot(index, count, tf.constant(digest, tf.float64), dtype=tf.float64)
+      return context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
 
-  if float(strategy.experimental_local_results(mean())[0]) != done:
-    raise UserError(
-      f"This task found a checkpoint of step {done} in work_dir={work_dir} and others did not; "
-      "work_dir must be on a file system that all tasks share."
-    )
+    return strategy.run(replica)
+
+  found = strategy.experimental_local_results(gather())[0].numpy()
+  if len(set(found)) > 1:
+    raise UserError(f"The tasks do not agree: {otherwise}.")
 
 
 def weights_sha256(model: keras.Model) -> str:
@@ -391,7 +404,7 @@ def weights_sha256(model: keras.Model) -> str:
 
 def _save_plain(plain_model, recipe: Recipe, source, path: str):
   """Saves the plain model from outside the strategy's scope, with one copy of each weight."""
-  _, copy = build_models(recipe, source)
+  copy = build_model(recipe, source.num_classes, plain=True)
   copy.set_weights(plain_model.get_weights())
   with tempfile.TemporaryDirectory() as directory:
     local = os.path.join(directory, "model.keras")
