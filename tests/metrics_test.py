@@ -38,7 +38,7 @@ def test_tensorboard_has_the_scalars_and_the_recipe(tmp_path):
   events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
   tags = set(events.Tags()["tensors"])
   assert {"train/loss", "train/error", "validation/loss", "validation/error"} <= tags
-  assert {"learning_rate", "images_per_second", "recipe"} <= tags
+  assert {"train/learning_rate", "train/images_per_second", "recipe"} <= tags
   assert [event.step for event in events.Tensors("train/loss")] == [1, 2, 3]
   (value,) = events.Tensors("validation/error")
   assert value.step == 3 and abs(make_ndarray(value.tensor_proto) - 0.3) < 1e-6

@@ -11,13 +11,8 @@ from absl import logging
 from tensorboard.plugins.hparams import api as hparams
 
 _SECONDS_BETWEEN_LINES = 10.0
-# The tag that each scalar has in TensorBoard; the others go by their own name.
-_TENSORBOARD = {
-  ("train", "loss"): "train/loss",
-  ("train", "error"): "train/error",
-  ("eval", "loss"): "validation/loss",
-  ("eval", "error"): "validation/error",
-}
+# TensorBoard's group of the scalars of each kind of record.
+_GROUPS = {"train": "train", "eval": "validation"}
 
 
 class MetricsWriter:
@@ -95,7 +90,7 @@ class MetricsWriter:
     self._lines.write(json.dumps(record) + "\n")
     with self._summaries.as_default(step=step):
       for name, value in scalars.items():
-        tf.summary.scalar(_TENSORBOARD.get((kind, name), name), value)
+        tf.summary.scalar(f"{_GROUPS[kind]}/{name}", value)
     return record
 
 
