@@ -149,7 +149,8 @@ def _train_image(recipe: Recipe, source, image, seed):
       image = _random_shift(recipe, image, seed)
   if recipe.augmentation != "none":
     flip_seed = tf.random.experimental.stateless_fold_in(seed, 1)
-    image = tf.image.stateless_random_flip_left_right(image, flip_seed)
+    flip = tf.random.stateless_uniform([], flip_seed, 0, 2, tf.int32) == 1
+    image = tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
   return image
 
 

@@ -129,16 +129,22 @@ def make_evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model) -
     A function that returns the sums over all replicas of the (weighted) loss, errors and weights.
   """
 
-  def replica_step(images, labels, weights):
+  def sums(images, labels, weights):
     logits = model(images, training=False)
     weights = tf.cast(weights, logits.dtype)
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-    sums = [
+    return [
       tf.reduce_sum(losses * weights),
       _error_count(labels, logits, weights),
       tf.reduce_sum(weights),
     ]
-    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, sums)
+
+  def replica_step(*batch):
+    # Parts that depend on nothing of each other run at once, as the workers in training do.
+    parts = WORKERS_AT_ONCE if batch[0].shape[0] % WORKERS_AT_ONCE == 0 else 1
+    split = zip(*(tf.split(tensor, parts) for tensor in batch), strict=True)
+    totals = [tf.add_n(values) for values in zip(*(sums(*part) for part in split), strict=True)]
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, totals)
 
   @tf.function
   def evaluation_step(batch):

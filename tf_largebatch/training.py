@@ -94,7 +94,7 @@ def train_and_evaluate(
 
   with strategy.scope():
     model = build_model(recipe, source.num_classes)
-    plain_model = build_model(recipe, source.num_classes, plain=True)
+    evaluated_model = build_model(recipe, source.num_classes, "evaluation")
     optimizer = build_optimizer(recipe, source.num_examples)
     optimizer.build(model.trainable_variables)
   checkpoints = os.path.join(work_dir, "checkpoints")
@@ -107,7 +107,7 @@ def train_and_evaluate(
 
   train_batches = iter(distribute_train_dataset(strategy, recipe, source, done))
   train_step = step.make_train_step(strategy, model, optimizer, recipe)
-  evaluate = make_evaluation(strategy, plain_model, recipe, validation, evaluation_batch_size)
+  evaluate = make_evaluation(strategy, evaluated_model, recipe, validation, evaluation_batch_size)
   steps_per_epoch = derived["steps_per_epoch"]
 
   # Only the chief's metrics last; the other tasks write theirs where nobody looks.
@@ -121,7 +121,7 @@ def train_and_evaluate(
           train_step, train_batches, metrics, recipe, done, last, steps_per_epoch, log_every_steps
         )
         done = last
-        plain_model.set_weights(model.get_weights())
+        evaluated_model.set_weights(model.get_weights())
         scalars = evaluate()
         _require_finite(scalars["loss"], "validation loss", done, recipe)
         metrics.evaluation(done, epoch + 1, scalars)
@@ -140,11 +140,9 @@ def train_and_evaluate(
   }
   logging.info("weights_sha256 %s", result["weights_sha256"])
   if cluster.is_chief:
-    plain_model.set_weights(model.get_weights())
-    _save_plain(plain_model, recipe, source, os.path.join(work_dir, "model.keras"))
-    _write_json(
-      os.path.join(work_dir, "result.json"), result
-    )  # Last: it says that the run is complete.
+    _export(model, recipe, source.num_classes, os.path.join(work_dir, "model.keras"))
+    # Last, for it says that the run is complete.
+    _write_json(os.path.join(work_dir, "result.json"), result)
   return result
 
 
@@ -197,13 +195,16 @@ def derive(recipe: Recipe, train_examples: int, replicas: int) -> dict:
   }
 
 
-def build_model(recipe: Recipe, num_classes: int, plain: bool = False) -> keras.Model:
-  """The network that is trained, or the same one of plain Keras layers.
+def build_model(recipe: Recipe, num_classes: int, purpose: str = "training") -> keras.Model:
+  """The recipe's network, with the same weights in the same order for each purpose.
 
-  The plain one is evaluated and exported: the error that a run reports is that of the very model
-  that it leaves. It computes in the variables' dtype whatever the training's dtype.
+  Args:
+    recipe: resolved.
+    num_classes: width of the logits.
+    purpose: "training"; "evaluation", which computes in the weights' dtype whatever the training's;
+      or "export": as for evaluation, of plain Keras layers.
   """
-  layer = keras.layers.BatchNormalization if plain else PerWorkerBatchNormalization
+  layer = PerWorkerBatchNormalization if purpose != "export" else keras.layers.BatchNormalization
   policy = keras.dtype_policies.get(_POLICIES[recipe.dtype])
   return resnet.build(
     recipe.network,
@@ -215,7 +216,7 @@ def build_model(recipe: Recipe, num_classes: int, plain: bool = False) -> keras.
     channel_mean=recipe.channel_mean,
     channel_std=recipe.channel_std,
     last_gamma=recipe.last_gamma,
-    dtype=policy.variable_dtype if plain else policy.name,
+    dtype=policy.name if purpose == "training" else policy.variable_dtype,
     seed=recipe.seed,
   )
 
@@ -402,13 +403,13 @@ def weights_sha256(model: keras.Model) -> str:
   return digest.hexdigest()
 
 
-def _save_plain(plain_model, recipe: Recipe, source, path: str):
-  """Saves the plain model from outside the strategy's scope, with one copy of each weight."""
-  copy = build_model(recipe, source.num_classes, plain=True)
-  copy.set_weights(plain_model.get_weights())
+def _export(model: keras.Model, recipe: Recipe, num_classes: int, path: str):
+  """Saves the network of plain Keras layers, made outside the strategy's scope."""
+  plain = build_model(recipe, num_classes, "export")
+  plain.set_weights(model.get_weights())
   with tempfile.TemporaryDirectory() as directory:
     local = os.path.join(directory, "model.keras")
-    copy.save(local)
+    plain.save(local)
     tf.io.gfile.copy(local, f"{path}.partial", overwrite=True)
   tf.io.gfile.rename(f"{path}.partial", path, overwrite=True)
 
