@@ -17,7 +17,7 @@ _TRAIN_EXAMPLES = {"imagenet2012": 1_281_167, "cifar10": 50_000}
 
 # By hand: kn, k, peak rate, steps an epoch, steps, warmup, last gamma, network.
 _DERIVED = """
-cifar10_resnet20                     256    8  0.5     195    1365 gradual  0 resnet20
+cifar10_resnet20                     256    8  0.5     195    1170 gradual  0 resnet20
 imagenet_resnet50_table1_kn256_baseline 256 8  0.1    5004  450360 gradual  0 resnet50
 imagenet_resnet50_table1_kn8192_none    8192 256 3.2   156   14040 none     0 resnet50
 imagenet_resnet50_table1_kn8192_constant 8192 256 3.2  156   14040 constant 0 resnet50
