@@ -212,8 +212,7 @@ def _decode_crop(recipe: Recipe, source, image, crop_of):
   if crop_of is _whole and source.image_shape and source.image_shape[:2] == (size, size):
     return image
   if source.image_shape is not None:
-    top, left, height, width = tf.unstack(crop_of(tf.constant(source.image_shape)))
-    crop = tf.slice(image, [top, left, 0], [height, width, source.image_shape[-1]])
+    crop = _crop_decoded(image, crop_of)
     channels = source.image_shape[-1]
   else:
     channels = len(recipe.channel_mean)
