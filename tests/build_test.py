@@ -35,6 +35,8 @@ _SIDEWAYS = {("recipe", "errors"), ("input_pipeline", "sources")}
 _RUN = {"tools.launch_local": {"tf_largebatch.train"}}  # The default of its flag --module.
 # The one module of the package that knows flags, and so the one that is a program.
 _PROGRAM = "tf_largebatch.train"
+# What tools and tests share: a library, though it lives with the programs.
+_LIBRARIES = {"tools.reference"}
 # Two files that all tests share are no module of one target: a filegroup holds them.
 _TEST_SUPPORT = {"tests/__init__.py", "tests/pytest_main.py"}
 
@@ -119,7 +121,7 @@ def target_problems(tree):
       expected = ("filegroup", ":pytest_main")
     elif is_test(module):
       expected = ("py_test", label(module))
-    elif module == _PROGRAM or module.startswith("tools."):
+    elif module == _PROGRAM or (module.startswith("tools.") and module not in _LIBRARIES):
       expected = ("py_binary", label(module))
     else:
       expected = ("py_library", label(module))

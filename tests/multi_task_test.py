@@ -1,4 +1,4 @@
-"""The same recipe on 1, 2 and 4 tasks, as real processes on 127.0.0.1 with real collectives."""
+"""The binary on several tasks, as real processes on 127.0.0.1 with real collectives."""
 
 import json
 import os
@@ -7,72 +7,7 @@ import socket
 import subprocess
 import sys
 
-import numpy as np
-import pytest
-
-from tests import tiny_task
-from tf_largebatch.input_pipeline import example_ids
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-def launch(tasks, module, *arguments):
-  command = [sys.executable, "-m", "tools.launch_local", f"--tasks={tasks}", f"--module={module}"]
-  return subprocess.run(
-    [*command, "--", *arguments],
-    cwd=ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    timeout=240,
-    check=False,
-  )
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-  """dtype → tasks → what each task found."""
-  directory = tmp_path_factory.mktemp("runs")
-  found = {"float32": {}, "float64": {}}
-  for tasks in (1, 2, 4):
-    finished = launch(tasks, "tests.tiny_task", str(directory))
-    assert finished.returncode == 0, finished.stdout
-    for dtype, by_tasks in found.items():
-      names = [directory / f"{dtype}_{tasks}_{task}.npz" for task in range(tasks)]
-      by_tasks[tasks] = [dict(np.load(name)) for name in names]
-  return found
-
-
-def test_every_task_ends_with_the_same_bytes(runs):
-  for by_tasks in runs.values():
-    for tasks in (2, 4):
-      states = {run["copies"].tobytes() for run in by_tasks[tasks]}
-      losses = {run["losses"].tobytes() for run in by_tasks[tasks]}
-      assert len(by_tasks[tasks]) == tasks and len(states) == len(losses) == 1
-
-
-@pytest.mark.parametrize("dtype, limit", [("float32", 1e-5), ("float64", 1e-10)])
-@pytest.mark.parametrize("tasks", [2, 4])
-def test_the_number_of_tasks_changes_rounding_alone(runs, tasks, dtype, limit):
-  one, many = runs[dtype][1][0], runs[dtype][tasks][0]
-  distance = np.linalg.norm(many["copies"] - one["copies"])
-  assert distance <= limit * np.linalg.norm(one["copies"])
-  np.testing.assert_allclose(many["losses"], one["losses"], rtol=limit)
-  # The run has moved: the agreement is no accident.
-  assert one["losses"].shape == (20,) and np.ptp(one["losses"]) > 1e-2
-
-
-@pytest.mark.parametrize("tasks", [1, 2, 4])
-def test_the_tasks_see_each_step_the_examples_of_their_workers(runs, tasks):
-  recipe = tiny_task.make_recipe("float32")
-  seen = np.concatenate([run["ids"] for run in runs["float32"][tasks]], axis=1)
-  for step in range(20):
-    for worker in range(4):
-      expected = example_ids(recipe, tiny_task.EXAMPLES, step, worker)
-      np.testing.assert_array_equal(seen[step, worker], expected)
-  for epoch in (seen[:8], seen[8:16]):
-    assert len(set(epoch.ravel())) == epoch.size == 192
-
+from tests.launching import ROOT, launch
 
 FLAGS = (
   "--dataset=synthetic",

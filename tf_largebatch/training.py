@@ -63,8 +63,7 @@ def train_and_evaluate(
   cluster = cluster or Cluster()
   # First of all: TensorFlow takes no cluster after its first operation.
   strategy = make_strategy(cluster, communication)
-  # TensorFloat-32 would round float32 on some GPUs to 10 bits: another recipe, not other hardware.
-  tf.config.experimental.enable_tensor_float_32_execution(False)
+  use_exact_float32()
   if recipe.dataset != "synthetic":
     preparation.prepare(recipe.dataset, data_dir)
   replicas = strategy.num_replicas_in_sync
@@ -84,7 +83,7 @@ def train_and_evaluate(
     recipe.dataset, recipe.validation_split, data_dir, recipe.image_size
   )
   derived = derive(recipe, source.num_examples, replicas)
-  environment = {"versions": _versions(), "cluster": describe(strategy, cluster, communication)}
+  environment = {"versions": versions(), "cluster": describe(strategy, cluster, communication)}
   _make_writable(work_dir)
   _log_arithmetic(recipe, derived, source, validation, environment["cluster"])
   if cluster.is_chief:
@@ -144,6 +143,11 @@ def train_and_evaluate(
     # Last, for it says that the run is complete.
     _write_json(os.path.join(work_dir, "result.json"), result)
   return result
+
+
+def use_exact_float32():
+  """Keeps TensorFloat-32 off: rounding float32 to 10 bits on some GPUs is another recipe."""
+  tf.config.experimental.enable_tensor_float_32_execution(False)
 
 
 def resolve(recipe: Recipe, replicas: int, data_dir: str) -> Recipe:
@@ -433,10 +437,11 @@ def _log_arithmetic(recipe: Recipe, derived: dict, source, validation, cluster: 
     logging.info("%s", line)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+  """Of what decides a run beside its recipe, by package."""
   packages = ("tensorflow", "keras", "tensorflow-datasets", "numpy")
-  versions = {name: importlib.metadata.version(name) for name in packages}
-  return {"python": platform.python_version(), **versions}
+  found = {name: importlib.metadata.version(name) for name in packages}
+  return {"python": platform.python_version(), **found}
 
 
 def _first_line(error: Exception) -> str:
