@@ -23,13 +23,6 @@ from absl import app, flags
 
 from tf_largebatch.errors import UserError
 
-_QUICK = flags.DEFINE_boolean(
-  "quick", False, "Check only the property that should fail, and not the package as it stands."
-)
-_ONLY = flags.DEFINE_list("only", [], "Mistakes to make, by name; left out: all.")
-_OUTPUT = flags.DEFINE_string("output", None, "File for the table, as JSON.")
-_AT_ONCE = flags.DEFINE_integer("at_once", 2, "Copies that run at a time.", lower_bound=1)
-
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _SECONDS = 300  # Until a run is given up.
 
@@ -262,12 +255,13 @@ def make_copy(directory: pathlib.Path, mutation: Mutation | None) -> pathlib.Pat
   return directory
 
 
-def run_verify(mutation: Mutation | None, only: str | None = None) -> dict:
+def run_verify(mutation: Mutation | None, only: str | None, at_once: int) -> dict:
   """Runs `tools.verify` on a scratch copy; line by name, as in its JSON.
 
   Args:
     mutation: None for the package as it stands.
     only: one property, or None for all.
+    at_once: copies that share the machine's cores.
 
   Raises:
     AssertionError: it left no result; with the end of its output.
@@ -275,7 +269,7 @@ def run_verify(mutation: Mutation | None, only: str | None = None) -> dict:
   with tempfile.TemporaryDirectory() as directory:
     scratch = make_copy(pathlib.Path(directory), mutation)
     command = [sys.executable, "-m", "tools.verify", "--logical_cpus=2"]
-    threads = str(max(1, (os.cpu_count() or 1) // _AT_ONCE.value))
+    threads = str(max(1, (os.cpu_count() or 1) // at_once))
     finished = subprocess.run(
       [*command, *([f"--only={only}"] if only else [])],
       cwd=scratch,
@@ -299,8 +293,8 @@ def run_verify(mutation: Mutation | None, only: str | None = None) -> dict:
 
 
 def _row(mutation: Mutation | None) -> dict:
-  only = mutation.caught_by if mutation and _QUICK.value else None
-  lines = run_verify(mutation, only)
+  only = mutation.caught_by if mutation and flags.FLAGS.quick else None
+  lines = run_verify(mutation, only, flags.FLAGS.at_once)
   failed = [name for name, line in lines.items() if not line["holds"]]
   if mutation is None:
     return {"mistake": "none", "caught": not failed, "failed": failed}
@@ -331,20 +325,22 @@ def _describe(row: dict) -> str:
 
 def _run() -> int:
   names = [mutation.name for mutation in MUTATIONS]
-  unknown = sorted(set(_ONLY.value) - set(names))
+  unknown = sorted(set(flags.FLAGS.only) - set(names))
   if unknown:
     raise UserError(f"--only={','.join(unknown)}: no such mistake; there are {', '.join(names)}.")
-  chosen = [m for m in MUTATIONS if not _ONLY.value or m.name in _ONLY.value]
+  chosen = [m for m in MUTATIONS if not flags.FLAGS.only or m.name in flags.FLAGS.only]
   print(
     f"{'mistake':<44}{'caught by':<22}{'deviation':>10}{'limit':>10}{'over the limit':>16}  also"
   )
   rows = []
-  with concurrent.futures.ThreadPoolExecutor(_AT_ONCE.value) as pool:
-    for row in pool.map(_row, chosen if _QUICK.value else [None, *chosen]):
+  with concurrent.futures.ThreadPoolExecutor(flags.FLAGS.at_once) as pool:
+    for row in pool.map(_row, chosen if flags.FLAGS.quick else [None, *chosen]):
       rows.append(row)
       print(_describe(row), flush=True)
-  if _OUTPUT.value:
-    pathlib.Path(_OUTPUT.value).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+  if flags.FLAGS.output:
+    pathlib.Path(flags.FLAGS.output).write_text(
+      json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+    )
   missed = [row["mistake"] for row in rows if not row["caught"]]
   print(f"Not as it should be: {', '.join(missed)}." if missed else "Every mistake was caught.")
   return bool(missed)
@@ -360,5 +356,18 @@ def main(argv: list[str]) -> int:
     return 1
 
 
+def define_flags():
+  """Not at the module's top, so that it can be imported beside other programs."""
+  flags.DEFINE_boolean(
+    "quick",
+    False,
+    "Check only the property that should fail, and not the package as it stands.",
+  )
+  flags.DEFINE_list("only", [], "Mistakes to make, by name; left out: all.")
+  flags.DEFINE_string("output", None, "File for the table, as JSON.")
+  flags.DEFINE_integer("at_once", 2, "Copies that run at a time.", lower_bound=1)
+
+
 if __name__ == "__main__":
+  define_flags()
   app.run(main)

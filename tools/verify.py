@@ -35,22 +35,6 @@ from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
 from tools import reference
 
-_OUTPUT = flags.DEFINE_string("output", "verify.json", "File for what was measured, as JSON.")
-_COMMUNICATION = flags.DEFINE_enum(
-  "communication", "auto", ["auto", "nccl", "ring"], "Collectives, as in a training run."
-)
-_LOGICAL_CPUS = flags.DEFINE_integer(
-  "logical_cpus",
-  1,
-  "Replicas to make of this machine's CPU, where it has no GPU and is the only task.",
-  lower_bound=1,
-)
-_ONLY = flags.DEFINE_list(
-  "only",
-  [],
-  "Properties to check, by name; left out: all but 'ResNet-50 step', which takes longer.",
-)
-
 CLASSES = 10
 SIDE = 8
 PER_WORKER_BATCH_SIZE = 4
@@ -710,36 +694,36 @@ def _checked_output(path: str) -> pathlib.Path:
 
 def _run() -> int:
   names = [name for group in CHECKS.values() for name in group]
-  unknown = sorted(set(_ONLY.value) - set(names))
+  unknown = sorted(set(flags.FLAGS.only) - set(names))
   if unknown:
     raise UserError(f"--only={','.join(unknown)}: no such property; there are {', '.join(names)}.")
-  output, cluster = _checked_output(_OUTPUT.value), read_cluster()
-  if _LOGICAL_CPUS.value > 1 and cluster.num_tasks > 1:
+  output, cluster = _checked_output(flags.FLAGS.output), read_cluster()
+  if flags.FLAGS.logical_cpus > 1 and cluster.num_tasks > 1:
     raise UserError(
       "--logical_cpus is for one task; leave it out under TF_CONFIG, where TensorFlow uses one CPU "
       "a task."
     )
   import tensorflow as tf
 
-  if _LOGICAL_CPUS.value > 1:
+  if flags.FLAGS.logical_cpus > 1:
     if tf.config.list_physical_devices("GPU"):
       raise UserError("--logical_cpus is for machines without a GPU; leave it out here.")
     (cpu,) = tf.config.list_physical_devices("CPU")
-    parts = [tf.config.LogicalDeviceConfiguration()] * _LOGICAL_CPUS.value
+    parts = [tf.config.LogicalDeviceConfiguration()] * flags.FLAGS.logical_cpus
     tf.config.set_logical_device_configuration(cpu, parts)
-  strategy = make_strategy(cluster, _COMMUNICATION.value)
+  strategy = make_strategy(cluster, flags.FLAGS.communication)
 
   from tf_largebatch import training
 
   training.use_exact_float32()
   tf.get_logger().setLevel("ERROR")  # It takes each new run's gather for a retracing.
   began = time.monotonic()
-  lines = verify(strategy, _ONLY.value)
+  lines = verify(strategy, flags.FLAGS.only)
   seconds = time.monotonic() - began
   failed = [line.name for line in lines if not line.holds]
   if not cluster.is_chief:
     return bool(failed)
-  where = describe(strategy, cluster, _COMMUNICATION.value)
+  where = describe(strategy, cluster, flags.FLAGS.communication)
   report = {
     "status": "failed" if failed else "verified",
     "properties": [_as_json(line) for line in lines],
@@ -772,5 +756,25 @@ def main(argv: list[str]) -> int:
     return 1
 
 
+def define_flags():
+  """Not at the module's top, so that it can be imported beside other programs."""
+  flags.DEFINE_string("output", "verify.json", "File for what was measured, as JSON.")
+  flags.DEFINE_enum(
+    "communication", "auto", ["auto", "nccl", "ring"], "Collectives, as in a training run."
+  )
+  flags.DEFINE_integer(
+    "logical_cpus",
+    1,
+    "Replicas to make of this machine's CPU, where it has no GPU and is the only task.",
+    lower_bound=1,
+  )
+  flags.DEFINE_list(
+    "only",
+    [],
+    f"Properties to check, by name; left out: all but {', '.join(_LONG)}, which takes longer.",
+  )
+
+
 if __name__ == "__main__":
+  define_flags()
   app.run(main)
