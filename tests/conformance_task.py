@@ -1,6 +1,6 @@
 """A task of `conformance_test`: takes the steps of its cases on this cluster, tells what it saw.
 
-python -m tools.launch_local --tasks=2 --module=tests.conformance_task -- DIRECTORY REPLICAS_A_TASK
+python -m tools.launch_local --tasks=2 --module=tests.conformance_task -- DIR REPLICAS_A_TASK DTYPES
 """
 
 import os
@@ -42,7 +42,7 @@ def apply_on_replicas(strategy):
   return variable.numpy()
 
 
-def main(directory, replicas):
+def main(directory, replicas, dtypes):
   cpu = tf.config.list_physical_devices("CPU")[0]
   tf.config.set_logical_device_configuration(
     cpu, [tf.config.LogicalDeviceConfiguration()] * replicas
@@ -61,6 +61,7 @@ def main(directory, replicas):
   seen = {
     dtype: verify.observe(strategy, recipe, "small_residual", STEPS)
     for dtype, recipe in CASES.items()
+    if dtype in dtypes.split(",")
   }
   seen["applied"] = apply_on_replicas(strategy)
   name = f"{this.num_tasks}_{replicas}_{this.task_index}.pickle"
@@ -69,4 +70,4 @@ def main(directory, replicas):
 
 
 if __name__ == "__main__":
-  main(sys.argv[1], int(sys.argv[2]))
+  main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

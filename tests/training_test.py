@@ -238,3 +238,14 @@ def test_resolve_chooses_what_was_left_out():
 def test_a_minibatch_larger_than_the_data_is_refused(tmp_path):
   with pytest.raises(UserError, match="4000 images is more than the 70"):
     train(tmp_path, dataclasses.replace(RECIPE, workers=400))
+
+
+@pytest.mark.parametrize(
+  "flags, warned", [("fpu avx avx2", True), ("avx2 avx512_bf16", False), ("asimd bf16", False)]
+)
+def test_a_cpu_that_must_emulate_bfloat16_is_named(tmp_path, caplog, flags, warned):
+  (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags} sse\n")
+  with caplog.at_level("WARNING", logger="absl"):
+    training._warn_of_slow_bfloat16(str(tmp_path / "cpuinfo"))
+    training._warn_of_slow_bfloat16(str(tmp_path / "nothing"))
+  assert len(caplog.records) == warned

@@ -86,6 +86,8 @@ def train_and_evaluate(
   environment = {"versions": versions(), "cluster": describe(strategy, cluster, communication)}
   _make_writable(work_dir)
   _log_arithmetic(recipe, derived, source, validation, environment["cluster"])
+  if recipe.dtype == "bfloat16" and "CPU:0" in environment["cluster"]["devices_per_task"]:
+    _warn_of_slow_bfloat16()
   if cluster.is_chief:
     facts = {"recipe": recipe.to_dict(), "derived": derived, **environment}
     _write_json(os.path.join(work_dir, "recipe.json"), facts)
@@ -435,6 +437,19 @@ def _log_arithmetic(recipe: Recipe, derived: dict, source, validation, cluster: 
     + ", ".join(f"{name} {value}" for name, value in cluster.items()),
   ):
     logging.info("%s", line)
+
+
+def _warn_of_slow_bfloat16(cpuinfo: str = "/proc/cpuinfo"):
+  """Says so where the CPU must emulate bfloat16, as far as Linux tells."""
+  if not os.path.exists(cpuinfo):
+    return
+  with open(cpuinfo) as file:
+    features = file.read().split()
+  if not {"avx512_bf16", "amx_bf16", "bf16"} & set(features):
+    logging.warning(
+      "This CPU has no bfloat16 instructions, which makes dtype=bfloat16 many times slower than "
+      "dtype=float32 (another recipe, in another work_dir)."
+    )
 
 
 def versions() -> dict[str, str]:
