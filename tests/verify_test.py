@@ -46,7 +46,10 @@ def test_a_property_holds_up_to_its_limit(deviation, holds):
 @pytest.mark.parametrize(
   "flags, expected",
   [
-    (["--only=aggregatoin"], "error: --only=aggregatoin: no such property; there are scaling rule"),
+    (
+      ["--only=aggregatoin"],
+      "error: --only=aggregatoin: no such property; there are the paper's values",
+    ),
     (["--output=/nowhere/report.json"], "error: --output=/nowhere/report.json cannot be written"),
     (["aggregation"], "error: Unexpected argument 'aggregation'"),
   ],

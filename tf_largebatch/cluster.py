@@ -105,7 +105,7 @@ def make_strategy(cluster: Cluster, communication: str = "auto") -> "tf.distribu
   SIGKILL ends the task), uses one CPU a task whatever its logical CPUs, and must be
   made in the main thread before any TensorFlow operation runs. Every task must see
   as many GPUs as the others; name `communication` to have a task that lost its GPU
-  refused rather than left to wait.
+  refused rather than left to wait. TensorFloat-32 is switched off.
 
   Args:
     cluster: what `read_cluster` returned.
@@ -119,6 +119,8 @@ def make_strategy(cluster: Cluster, communication: str = "auto") -> "tf.distribu
   import tensorflow as tf
 
   communication = _choose_communication(cluster, communication)
+  # TensorFloat-32 would round float32 on some GPUs to 10 bits: another recipe, not other hardware.
+  tf.config.experimental.enable_tensor_float_32_execution(False)
   devices = _local_devices()
   if cluster.num_tasks == 1:
     if len(devices) == 1:

@@ -63,7 +63,6 @@ def train_and_evaluate(
   cluster = cluster or Cluster()
   # First of all: TensorFlow takes no cluster after its first operation.
   strategy = make_strategy(cluster, communication)
-  use_exact_float32()
   if recipe.dataset != "synthetic":
     preparation.prepare(recipe.dataset, data_dir)
   replicas = strategy.num_replicas_in_sync
@@ -145,11 +144,6 @@ def train_and_evaluate(
     # Last, for it says that the run is complete.
     _write_json(os.path.join(work_dir, "result.json"), result)
   return result
-
-
-def use_exact_float32():
-  """Keeps TensorFloat-32 off: rounding float32 to 10 bits on some GPUs is another recipe."""
-  tf.config.experimental.enable_tensor_float_32_execution(False)
 
 
 def resolve(recipe: Recipe, replicas: int, data_dir: str) -> Recipe:

@@ -216,6 +216,57 @@ MUTATIONS = (
     (("resnet", 'f"{name}_bn", self.last_gamma)', 'f"{name}_bn")'),),
   ),
   Mutation(
+    "rate scaled by k alone",
+    "scaling rule",
+    (
+      (
+        "training",
+        "    global_batch_size=recipe.global_batch_size,\n    reference_learning",
+        "    global_batch_size=recipe.workers * recipe.reference_batch_size,\n"
+        "    reference_learning",
+      ),
+    ),
+  ),
+  Mutation(
+    "moving statistics divided by n",
+    "moving statistics",
+    (("step", "[update / workers for", "[update / recipe.per_worker_batch_size for"),),
+  ),
+  Mutation(
+    "second decay lost", "step decay", (("schedule", "** decays", "** tf.minimum(decays, 1)"),)
+  ),
+  Mutation(
+    "the same images left out of every epoch",
+    "every image once",
+    (
+      (
+        "input_pipeline",
+        "tf.constant(train_examples - 1, tf.int64)",
+        "tf.constant(train_examples // recipe.global_batch_size * recipe.global_batch_size - 1, "
+        "tf.int64)",
+      ),
+    ),
+  ),
+  Mutation(
+    "Keras' own BN",
+    "network",
+    (
+      (
+        "training",
+        'layer = PerWorkerBatchNormalization if purpose != "export" else',
+        "layer = PerWorkerBatchNormalization if not purpose else",
+      ),
+    ),
+  ),
+  Mutation(
+    "biases on the convolutions", "variables", (("resnet", "use_bias=False", "use_bias=True"),)
+  ),
+  Mutation(
+    "one seed for all kernels",
+    "initial kernels",
+    (("resnet", 'return zlib.crc32(f"{self.seed}/{name}".encode())', "return self.seed"),),
+  ),
+  Mutation(
     "a worker's batch padded",
     "BN groups",
     (
@@ -264,7 +315,7 @@ def run_verify(mutation: Mutation | None, only: str | None, at_once: int) -> dic
     at_once: copies that share the machine's cores.
 
   Raises:
-    AssertionError: it left no result; with the end of its output.
+    RuntimeError: it left no result; with the end of its output.
   """
   with tempfile.TemporaryDirectory() as directory:
     scratch = make_copy(pathlib.Path(directory), mutation)
@@ -273,7 +324,7 @@ def run_verify(mutation: Mutation | None, only: str | None, at_once: int) -> dic
     finished = subprocess.run(
       [*command, *([f"--only={only}"] if only else [])],
       cwd=scratch,
-      env=os.environ
+      env={name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
       | {"CUDA_VISIBLE_DEVICES": "-1", "OMP_NUM_THREADS": threads, "PYTHONPATH": ""}
       | {f"TF_NUM_{kind}OP_THREADS": threads for kind in ("INTRA", "INTER")},
       stdout=subprocess.PIPE,
@@ -284,7 +335,7 @@ def run_verify(mutation: Mutation | None, only: str | None, at_once: int) -> dic
     )
     output = scratch / "verify.json"
     if not output.exists():
-      raise AssertionError(f"verify left no result:\n{finished.stdout[-2000:]}")
+      raise RuntimeError(f"verify left no result: {finished.stdout[-2000:]}")
     report = json.loads(output.read_text())
   lines = {line["name"]: line for line in report["properties"]}
   failed = any(not line["holds"] for line in lines.values())
@@ -294,7 +345,11 @@ def run_verify(mutation: Mutation | None, only: str | None, at_once: int) -> dic
 
 def _row(mutation: Mutation | None) -> dict:
   only = mutation.caught_by if mutation and flags.FLAGS.quick else None
-  lines = run_verify(mutation, only, flags.FLAGS.at_once)
+  try:
+    lines = run_verify(mutation, only, flags.FLAGS.at_once)
+  except (RuntimeError, subprocess.TimeoutExpired) as error:
+    name = mutation.name if mutation else "none"
+    return {"mistake": name, "caught": False, "no_result": str(error)}
   failed = [name for name, line in lines.items() if not line["holds"]]
   if mutation is None:
     return {"mistake": "none", "caught": not failed, "failed": failed}
@@ -310,6 +365,8 @@ def _row(mutation: Mutation | None) -> dict:
 
 
 def _describe(row: dict) -> str:
+  if "no_result" in row:
+    return f"{row['mistake']:<44}NO RESULT: {row['no_result']}"
   if row["mistake"] == "none":
     return "none: " + ("all properties hold" if row["caught"] else f"FAILS {row['failed']}")
   deviation, limit = row["deviation"], row["limit"]

@@ -488,13 +488,11 @@ def minibatch(
 
 @dataclass
 class State:
-  """What a step changes. momentum holds u of eq. 9 (or v of eq. 10); previous_rate is η of the
-  step before, None at the start: what remark 2's correction of eq. 10 would need."""
+  """What a step changes. momentum holds u of eq. 9, or v of eq. 10 as it stands."""
 
   parameters: Arrays
   momentum: Arrays
   statistics: Arrays = field(default_factory=dict)
-  previous_rate: float | None = None
 
 
 def initial_state(parameters: Arrays, statistics: Arrays) -> State:
@@ -547,4 +545,4 @@ def sgd_step(
       (f"{name}/moving_variance", batch.variances[name]),
     ):
       statistics[key] = a * state.statistics[key] + (1.0 - a) * new
-  return State(w, moments, statistics, rate)
+  return State(w, moments, statistics)

@@ -15,6 +15,7 @@ really used. So the line that fails names the fault.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -37,11 +38,34 @@ from tools import reference
 
 CLASSES = 10
 SIDE = 8
-PER_WORKER_BATCH_SIZE = 4
+PER_WORKER_BATCH_SIZE = 5
 STEPS_PER_EPOCH = 12
 MEAN, STD = (120.0, 125.0, 130.0), (60.0, 65.0, 70.0)
-# The first image of a step holds its example's number in its first pixel, three bytes.
+# An image holds its example's number in its first pixel, three bytes.
 _ID_BYTES = np.array([1, 256, 65536])
+
+
+# Goyal et al. 2017, §5.1, and §2.1 and §2.2 for η and the warmup.
+_PAPER = {
+  "per_worker_batch_size": 32,
+  "reference_learning_rate": 0.1,
+  "reference_batch_size": 256,
+  "learning_rate_scaling": "linear",
+  "warmup": "gradual",
+  "warmup_epochs": 5.0,
+  "epochs": 90,
+  "decay_epochs": (30.0, 60.0, 80.0),
+  "decay_factor": 0.1,
+  "momentum": 0.9,
+  "nesterov": True,
+  "momentum_correction": True,
+  "weight_decay": 1e-4,
+  "label_smoothing": 0.0,
+  "network": "resnet50",
+  "last_gamma": 0.0,
+  "batch_norm_momentum": 0.9,
+  "batch_norm_epsilon": 1e-5,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +89,14 @@ class Observation:
   ids: the examples of each step, int `[steps, k, n]`.
   scalars: what the step reported, float `[steps]` by name.
   variables: weights and moving statistics by name, before each step and after the last.
-  copies: each replica's weights, statistics and optimizer state at the end, `[replicas, values]`.
+  spread: largest difference of a replica's weights, statistics or optimizer state from the first
+    replica's, at the end.
   """
 
   ids: np.ndarray
   scalars: dict[str, np.ndarray]
   variables: list[dict[str, np.ndarray]]
-  copies: np.ndarray
+  spread: float
 
   def update(self, step: int, name: str) -> np.ndarray:
     """What the step took off a variable, float64."""
@@ -84,9 +109,11 @@ class Observation:
 
 
 def make_recipe(replicas: int, **changes) -> Recipe:
-  """k = 4 workers, or two a replica, of 4 images; 3 epochs of 12 steps.
+  """k = 4 workers, or two a replica, of 5 images; 3 epochs of 12 steps.
 
-  The peak rate is 4 η; the warmup ends within an epoch, at step 15, and the rate decays at 30.
+  The peak rate is 10/3 η; the warmup ends within an epoch, at step 15, and the rate decays at 27
+  and 33. k, n and kn over the reference's minibatch differ, so that none can stand for another.
+  Every value is spelled out: the reference must not take over a wrong default of `Recipe`.
   """
   workers = replicas * max(2, math.ceil(4 / replicas))
   values = {
@@ -96,14 +123,26 @@ def make_recipe(replicas: int, **changes) -> Recipe:
     "augmentation": "none",
     "channel_mean": MEAN,
     "channel_std": STD,
+    "last_gamma": 0.0,
+    "batch_norm_momentum": 0.9,
+    "batch_norm_epsilon": 1e-5,
+    "dtype": "float32",
     "workers": workers,
     "per_worker_batch_size": PER_WORKER_BATCH_SIZE,
-    "reference_batch_size": workers * PER_WORKER_BATCH_SIZE // 4,
-    "reference_learning_rate": 0.05,
+    "reference_batch_size": workers * PER_WORKER_BATCH_SIZE * 3 // 10,
+    "reference_learning_rate": 0.2,
+    "learning_rate_scaling": "linear",
     "epochs": 3,
+    "warmup": "gradual",
     "warmup_epochs": 1.25,
-    "decay_epochs": (2.5,),
+    "decay_epochs": (2.25, 2.75),
+    "decay_factor": 0.3,
+    "momentum": 0.9,
+    "nesterov": True,
+    "momentum_correction": True,
     "weight_decay": 0.0,
+    "label_smoothing": 0.0,
+    "seed": 7,
   }
   return Recipe(**values | changes)
 
@@ -245,9 +284,15 @@ def observe(
   def numbers(images, labels):
     return tf.tensordot(tf.cast(images[:, :, 0, 0], tf.float64), _ID_BYTES.astype(float), 1)
 
-  def state(images, labels):
-    values = [variable.value for variable in model.weights + optimizer.variables]
-    return tf.concat([tf.cast(tf.reshape(value, [-1]), tf.float64) for value in values], 0)
+  def spread(images, labels):
+    context, largest = tf.distribute.get_replica_context(), []
+    for variable in model.weights + optimizer.variables:
+      mine = tf.cast(variable.value, tf.float64)
+      others = tf.zeros_like(mine)
+      first = tf.where(context.replica_id_in_sync_group == 0, mine, others)
+      first = context.all_reduce(tf.distribute.ReduceOp.SUM, first)
+      largest.append(tf.reduce_max(tf.abs(mine - first)))
+    return tf.reduce_max(tf.stack(largest))
 
   batches = iter(training.distribute_train_dataset(strategy, recipe, source, first_step))
   train_step = step.make_train_step(strategy, model, optimizer, recipe)
@@ -262,7 +307,7 @@ def observe(
     np.array(ids),
     {name: np.array([values[name] for values in scalars]) for name in scalars[0]},
     history,
-    make_gather(strategy, state)(batch),
+    float(np.max(make_gather(strategy, spread)(batch))),
   )
 
 
@@ -278,9 +323,9 @@ def make_gather(strategy, function):
     context = tf.distribute.get_replica_context()
     value = tf.cast(function(*batch), tf.float64)
     count = strategy.num_replicas_in_sync
-    place = tf.one_hot(context.replica_id_in_sync_group, count, dtype=tf.float64)
-    place = tf.reshape(place, [count] + [1] * len(value.shape))
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, place * value[None])
+    places = tf.reshape(tf.range(count), [count] + [1] * len(value.shape))
+    here = tf.where(places == context.replica_id_in_sync_group, value[None], 0.0)
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, here)
 
   @tf.function
   def gather(batch):
@@ -289,13 +334,14 @@ def make_gather(strategy, function):
   return lambda batch: strategy.experimental_local_results(gather(batch))[0].numpy()
 
 
-def reference_minibatch(observation, recipe: Recipe, network: str, step: int):
-  """The reference's sums for the examples and the weights of an observed step."""
+def reference_step(
+  state: reference.State, recipe: Recipe, network: str, ids: np.ndarray, rate: float
+) -> tuple[reference.Minibatch, reference.State]:
+  """The reference's sums for the examples `[k, n]` of a step, and its state after it."""
   images, labels = make_examples(recipe)
-  ids = observation.ids[step]
-  return reference.minibatch(
+  batch = reference.minibatch(
     network,
-    observation.parameters(step),
+    state.parameters,
     images[ids],
     labels[ids],
     mean=MEAN,
@@ -303,17 +349,26 @@ def reference_minibatch(observation, recipe: Recipe, network: str, step: int):
     epsilon=recipe.batch_norm_epsilon,
     label_smoothing=recipe.label_smoothing,
   )
+  return batch, reference.sgd_step(
+    state,
+    batch,
+    rate,
+    momentum=recipe.momentum,
+    nesterov=recipe.nesterov,
+    momentum_correction=recipe.momentum_correction,
+    weight_decay=recipe.weight_decay,
+    batch_norm_momentum=recipe.batch_norm_momentum,
+  )
 
 
 def reference_steps(
-  seen: Observation, recipe: Recipe, network: str
+  seen: Observation, recipe: Recipe, network: str, rates: np.ndarray
 ) -> Iterator[tuple[reference.State, reference.Minibatch, reference.State]]:
   """For each observed step what the reference makes of it: (before, sums of the step, after).
 
   Each step starts from the weights and statistics that were observed before it, so that errors do
   not grow from step to step; the momentum is the reference's own all along.
   """
-  rates = reference_rates(recipe, len(seen.ids))
   state = reference.initial_state(seen.parameters(0), {})
   for step, rate in enumerate(rates):
     parameters = seen.parameters(step)
@@ -321,19 +376,13 @@ def reference_steps(
       name: value for name, value in seen.variables[step].items() if name not in parameters
     }
     state = dataclasses.replace(state, parameters=parameters, statistics=statistics)
-    batch = reference_minibatch(seen, recipe, network, step)
-    after = reference.sgd_step(
-      state,
-      batch,
-      rate,
-      momentum=recipe.momentum,
-      nesterov=recipe.nesterov,
-      momentum_correction=recipe.momentum_correction,
-      weight_decay=recipe.weight_decay,
-      batch_norm_momentum=recipe.batch_norm_momentum,
-    )
+    batch, after = reference_step(state, recipe, network, seen.ids[step], rate)
     yield state, batch, after
     state = after
+
+
+def _expected_update(before: reference.State, after: reference.State) -> dict[str, np.ndarray]:
+  return {name: value - after.parameters[name] for name, value in before.parameters.items()}
 
 
 def reference_rates(recipe: Recipe, steps: int) -> np.ndarray:
@@ -377,13 +426,16 @@ def _norm(values: dict) -> float:
 def check_aggregation(strategy) -> list[Line]:
   """Remark 3, on a network without BN: plain SGD's step is η times the mean over kn images."""
   replicas = strategy.num_replicas_in_sync
-  recipe = make_recipe(replicas, momentum=0.0, nesterov=False, warmup="none")
+  # The rate is high for the gradient to outweigh the rounding of the weights it is read from.
+  recipe = make_recipe(
+    replicas, momentum=0.0, nesterov=False, warmup="none", reference_learning_rate=1.0
+  )
   seen = observe(strategy, recipe, "plain", 3)
+  rates = seen.scalars["learning_rate"]
   deviations = []
-  for step, rate in enumerate(seen.scalars["learning_rate"]):
-    expected = reference_minibatch(seen, recipe, "plain", step).gradients
-    measured = {name: seen.update(step, name) / rate for name in expected}
-    deviations.append(_distance(measured, expected))
+  for step, (before, _, after) in enumerate(reference_steps(seen, recipe, "plain", rates)):
+    expected = _expected_update(before, after)
+    deviations.append(_distance({name: seen.update(step, name) for name in expected}, expected))
   meaning = "gradient that the weights moved by, against the mean over kn images; relative"
   return [Line("aggregation", float(np.max(deviations)), 1e-5, meaning)]
 
@@ -391,31 +443,29 @@ def check_aggregation(strategy) -> list[Line]:
 def check_normalization(strategy) -> list[Line]:
   """§2.3: every worker normalises over its own n images; the running averages see all workers."""
   replicas = strategy.num_replicas_in_sync
-  recipe = make_recipe(replicas, momentum=0.0, nesterov=False, warmup="none")
+  recipe = make_recipe(
+    replicas, momentum=0.0, nesterov=False, warmup="none", reference_learning_rate=1.0
+  )
   seen = observe(strategy, recipe, "small_residual", 4)
-  groups, statistics = [], []
-  m = recipe.batch_norm_momentum
-  for step in range(4):
-    expected = reference_minibatch(seen, recipe, "small_residual", step)
+  rates = seen.scalars["learning_rate"]
+  groups, averages = [], []
+  for step, (_, batch, after) in enumerate(reference_steps(seen, recipe, "small_residual", rates)):
     # The direction alone: a wrong factor is the aggregation's fault.
-    update = {name: seen.update(step, name) for name in expected.gradients}
-    direction = _scaled(expected.gradients, 1 / _norm(expected.gradients))
+    update = {name: seen.update(step, name) for name in batch.gradients}
+    direction = _scaled(batch.gradients, 1 / _norm(batch.gradients))
     groups.append(_distance(_scaled(update, 1 / _norm(update)), direction))
-    for kind, values in (("mean", expected.means), ("variance", expected.variances)):
-      before, after = (
-        {name: seen.variables[at][f"{name}/moving_{kind}"] for name in values}
-        for at in (step, step + 1)
-      )
-      averages = {name: m * before[name] + (1 - m) * values[name] for name in values}
-      statistics.append(_distance(after, averages))
+    averages.append(_distance(seen.variables[step + 1], after.statistics))
   n = recipe.per_worker_batch_size
   return [
     Line(
-      "BN groups", np.max(groups), 1e-4, f"direction of the gradient, BN over n = {n}; relative"
+      "BN groups",
+      float(np.max(groups)),
+      1e-4,
+      f"direction of the gradient, BN over n = {n}; relative",
     ),
     Line(
       "moving statistics",
-      np.max(statistics),
+      float(np.max(averages)),
       1e-5,
       "running averages against those of the mean over the k workers; relative",
     ),
@@ -426,36 +476,55 @@ def check_weight_decay(strategy) -> list[Line]:
   """Remark 1, where the loss has no gradient: eq. 9 with g = λ·w on kernels, 0 on all else."""
   recipe = make_recipe(strategy.num_replicas_in_sync, weight_decay=0.5, warmup="none")
   seen = observe(strategy, recipe, "small_residual", 6, loss_scale=0.0)
-  deviations = []
-  for name, weights in seen.parameters(0).items():
-    w, u = weights.astype(np.float64), 0.0
-    for rate in seen.scalars["learning_rate"]:
-      g = recipe.weight_decay * w if name.endswith("/kernel") else 0 * w
-      u = recipe.momentum * u + g
-      w = w - rate * (recipe.momentum * u + g)
-    deviations.append(_distance({name: seen.variables[-1][name]}, {name: w}))
+  state = reference.initial_state(seen.parameters(0), {})
+  zeros = {name: np.zeros_like(value) for name, value in state.parameters.items()}
+  nothing = reference.Minibatch(loss=0.0, error=0.0, gradients=zeros, means={}, variances={})
+  for rate in seen.scalars["learning_rate"]:
+    state = reference.sgd_step(
+      state, nothing, rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+  deviations = [
+    _distance(seen.variables[-1], {name: value}) for name, value in state.parameters.items()
+  ]
   meaning = "weights after 6 steps of decay alone, the worst variable; relative"
   return [Line("weight decay", float(np.max(deviations)), 1e-5, meaning)]
 
 
 def check_schedule(strategy) -> list[Line]:
-  """§2.1, §2.2, remark 2 and remark 4, on a run across a warmup, a decay and three epochs."""
+  """§2.1, §2.2, remark 2 and remark 4, on a run across a warmup, two decays and three epochs."""
+  from tf_largebatch import training
+
   recipe = make_recipe(strategy.num_replicas_in_sync)
   steps = 3 * STEPS_PER_EPOCH
   seen = observe(strategy, recipe, "plain", steps)
   rates = seen.scalars["learning_rate"]
-  expected = reference_rates(recipe, steps)
-  deviations = abs(rates / expected - 1)
-  warm, decayed = 15, 30
+  deviations = abs(rates / reference_rates(recipe, steps) - 1)
+  warm, decayed = 15, 27
   ratio = recipe.global_batch_size / recipe.reference_batch_size
+  # A minibatch below the reference's has no warmup (§5.3).
+  small = dataclasses.replace(recipe, reference_batch_size=2 * recipe.global_batch_size)
+  optimizer = training.build_optimizer(small, len(make_examples(small)[0]))
+  unwarmed = abs(float(optimizer.learning_rate) / reference_rates(small, 1)[0] - 1)
+  off = [name for name, value in _PAPER.items() if getattr(Recipe(), name) != value]
   return [
+    Line(
+      "the paper's values",
+      len(off),
+      0,
+      f"defaults that are not the paper's: {', '.join(off) or 'none'}",
+    ),
     Line(
       "scaling rule",
       float(deviations[warm:decayed].max()),
       1e-6,
-      f"rate after the warmup, against {ratio:g} η; relative",
+      f"rate after the warmup, against {ratio:.3g} η; relative",
     ),
-    Line("warmup", float(deviations[:warm].max()), 1e-6, "rate of each step of it; relative"),
+    Line(
+      "warmup",
+      float(np.max([deviations[:warm].max(), unwarmed])),
+      1e-6,
+      "rate of each step of it, none for a small minibatch; relative",
+    ),
     Line("step decay", float(deviations[decayed:].max()), 1e-6, "rate after it; relative"),
     _momentum_line(seen, recipe, rates),
     *_shuffling_lines(seen.ids, recipe),
@@ -463,20 +532,19 @@ def check_schedule(strategy) -> list[Line]:
 
 
 def _momentum_line(seen: Observation, recipe: Recipe, rates) -> Line:
-  """Eq. 9 with the rates that were used: w ← w − η (m·u + g), u ← m·u + g.
+  """Eq. 9 with the rates that were used, up to one factor for all steps.
 
-  Up to one factor for all steps, for a wrong one is the aggregation's fault.
+  A wrong factor is the aggregation's fault.
   """
-  factor, u, deviations = None, None, []
-  for step, rate in enumerate(rates):
-    g = reference_minibatch(seen, recipe, "plain", step).gradients
-    u = {name: g[name] + (recipe.momentum * u[name] if u else 0) for name in g}
-    expected = {name: rate * (recipe.momentum * u[name] + g[name]) for name in g}
-    if rate == 0:
+  factor, deviations = None, []
+  for step, (before, _, after) in enumerate(reference_steps(seen, recipe, "plain", rates)):
+    if rates[step] == 0:
       continue
-    measured = {name: seen.update(step, name) for name in g}
+    expected = _expected_update(before, after)
+    measured = {name: seen.update(step, name) for name in expected}
     if factor is None:
-      factor = sum(np.sum(measured[name] * expected[name]) for name in g) / _norm(expected) ** 2
+      factor = sum(np.sum(measured[name] * value) for name, value in expected.items())
+      factor /= _norm(expected) ** 2
     deviations.append(_distance(measured, _scaled(expected, factor)))
   meaning = "update of each step against eq. 9, across warmup and decay; relative"
   return Line("momentum correction", float(np.max(deviations)), 1e-4, meaning)
@@ -492,6 +560,10 @@ def _shuffling_lines(ids: np.ndarray, recipe: Recipe) -> list[Line]:
   for epoch in epochs:
     inside = set(epoch.ravel()) & set(range(total))
     faults += epoch.size - len(inside)
+  # The tail below kn is left out, of each epoch another.
+  left_out = [frozenset(range(total)) - frozenset(epoch.ravel().tolist()) for epoch in epochs]
+  if len(set(left_out)) == 1:
+    faults += len(left_out[0])
   orders = [np.arange(epochs[0].size), *(epoch.ravel() for epoch in epochs)]
   correlations = [abs(np.corrcoef(orders[a], orders[b])[0, 1]) for b in range(4) for a in range(b)]
   # A worker's share of one epoch meets its share of the next by chance alone: hypergeometric, one
@@ -506,29 +578,38 @@ def _shuffling_lines(ids: np.ndarray, recipe: Recipe) -> list[Line]:
       for worker in range(recipe.workers)
     ]
     overlaps.append(abs(sum(shared) - recipe.workers * expected))
-  alone = [
-    [input_pipeline.example_ids(recipe, total, step, worker) for worker in range(recipe.workers)]
-    for step in (0, len(ids) - 1)
-  ]
+
+  def alone(seed: int):
+    seeded = dataclasses.replace(recipe, seed=seed)
+    return np.array(
+      [
+        [input_pipeline.example_ids(seeded, total, step, j) for j in range(recipe.workers)]
+        for step in (0, len(ids) - 1)
+      ]
+    )
+
+  strays = int(np.sum(alone(recipe.seed) != ids[[0, -1]]))
+  if np.array_equal(alone(recipe.seed), alone(recipe.seed + 1)):
+    strays += ids[[0, -1]].size
   return [
-    Line("every image once", faults, 0, "images repeated in an epoch, or none of the data set's"),
+    Line("every image once", faults, 0, "images repeated in an epoch, or that no epoch has"),
     Line(
       "shuffled anew",
-      float(max(correlations) * np.sqrt(epochs[0].size)),
+      float(np.max(correlations) * np.sqrt(epochs[0].size)),
       6,
       "correlation of an epoch's order with another's or the data set's; standard errors",
     ),
     Line(
       "one shuffle for all",
-      float(max(overlaps) / np.sqrt(recipe.workers * variance)),
-      6,
+      float(np.max(overlaps) / np.sqrt(recipe.workers * variance)),
+      5,
       "images that stay with their worker from epoch to epoch, against chance; standard errors",
     ),
     Line(
       "samples of the recipe",
-      int(np.sum(np.array(alone) != ids[[0, -1]])),
+      strays,
       0,
-      "examples of the first and last step that one device alone would not have seen",
+      "examples of the first and last step that one device, or another seed, would not have",
     ),
   ]
 
@@ -539,47 +620,39 @@ def check_step(strategy) -> list[Line]:
   recipe = make_recipe(replicas, weight_decay=1e-2, label_smoothing=0.1)
   steps = 3 * STEPS_PER_EPOCH
   seen = observe(strategy, recipe, "small_residual", steps)
-  deviations = []
-  for step, (before, batch, after) in enumerate(reference_steps(seen, recipe, "small_residual")):
-    expected = {name: w - after.parameters[name] for name, w in before.parameters.items()}
+  rates, deviations = reference_rates(recipe, steps), []
+  compared = reference_steps(seen, recipe, "small_residual", rates)
+  for step, (before, batch, after) in enumerate(compared):
+    expected = _expected_update(before, after)
     deviations.append(_distance({name: seen.update(step, name) for name in expected}, expected))
     deviations.append(abs(seen.scalars["loss"][step] / batch.loss - 1))
-  spread = np.abs(seen.copies - seen.copies[0])
-  meaning = f"update and loss of each of {steps} steps with all parts at once; relative"
+    deviations.append(abs(seen.scalars["error"][step] - batch.error))
+  compares = f"on {replicas} replicas" if replicas > 1 else "(one replica: nothing to compare)"
+  meaning = f"update, loss, error of each of {steps} steps with all parts at once; relative"
   return [
     Line("whole step", float(np.max(deviations)), 1e-4, meaning),
     Line(
       "replicas identical",
-      float(spread.max()),
+      seen.spread,
       0,
-      f"weights, statistics and momentum on {len(seen.copies)} replicas; largest difference",
+      f"weights, statistics and momentum {compares}; largest difference",
     ),
   ]
 
 
 def check_network(strategy) -> list[Line]:
-  """§5.1: ResNet-50 as `resnet.build` makes it, on this task's first device."""
-  import functools
-
+  """§5.1: ResNet-50 as `training.build_model` makes it, on this task's first device."""
   import keras
 
-  from tf_largebatch import resnet
-  from tf_largebatch.normalization import PerWorkerBatchNormalization
+  from tf_largebatch import training
 
-  side, images_a_worker = 64, 4
+  recipe = make_recipe(1, network="resnet50", image_size=64, per_worker_batch_size=4)
   with strategy.scope():
-    model = resnet.build(
-      "resnet50",
-      input_shape=(side, side, 3),
-      num_classes=CLASSES,
-      normalization=functools.partial(PerWorkerBatchNormalization, momentum=0.9, epsilon=1e-5),
-      channel_mean=MEAN,
-      channel_std=STD,
-    )
+    model = training.build_model(recipe, CLASSES)
   start = {variable.path: variable.numpy().astype(np.float64) for variable in model.weights}
   last = set(reference.last_batch_norms("resnet50"))
   constants = {"gamma": 1.0, "beta": 0.0, "bias": 0.0}
-  offsets, errors = [], []
+  offsets, kernels = [], {}
   for name, value in start.items():
     layer, _, kind = name.rpartition("/")
     if kind in constants:
@@ -587,9 +660,7 @@ def check_network(strategy) -> list[Line]:
     elif kind == "kernel":
       # He et al. 2015: variance 2 / fan-out; the last layer's deviation is 0.01.
       fan_out = np.prod(value.shape[:2]) * value.shape[-1]
-      deviation = np.sqrt(2 / fan_out) if layer != "logits" else 0.01
-      # The standard error of a normal sample's second moment.
-      errors.append(abs(np.mean(value**2) / deviation**2 - 1) * np.sqrt(value.size / 2))
+      kernels[name] = value / (np.sqrt(2 / fan_out) if layer != "logits" else 0.01)
   # Weights at which no block is idle and rounding errors grow little from block to block.
   rng = np.random.default_rng(3)
   moved = start | {
@@ -598,24 +669,56 @@ def check_network(strategy) -> list[Line]:
   for variable in model.weights:
     variable.assign(moved[variable.path])
     moved[variable.path] = variable.numpy()
-  images = rng.integers(0, 256, (images_a_worker, side, side, 3))
+  images = rng.integers(0, 256, (recipe.per_worker_batch_size, 64, 64, 3))
   logits = keras.ops.convert_to_numpy(model(images.astype(np.float32), training=True))
   expected = reference.forward("resnet50", moved, images, mean=MEAN, std=STD)
+  worker = reference.worker_pass(
+    "resnet50", moved, images, np.zeros(len(images), int), mean=MEAN, std=STD
+  )
+  m, averages = recipe.batch_norm_momentum, {}
+  for kind, values in (("mean", worker.means), ("variance", worker.variances)):
+    for layer, value in values.items():
+      name = f"{layer}/moving_{kind}"
+      averages[name] = m * start[name] + (1 - m) * value
+  after = {variable.path: variable.numpy() for variable in model.weights}
+  trainable = {variable.path for variable in model.trainable_variables}
   return [
     Line(
       "network",
-      _distance({"logits": logits}, {"logits": expected}),
+      float(np.max([_distance({"": logits}, {"": expected}), _distance(after, averages)])),
       1e-4,
-      "logits of ResNet-50 for one worker, at random γ; relative",
+      "logits and running averages of ResNet-50 for one worker, at random γ; relative",
     ),
     Line(
-      "initial γ",
-      np.max([np.max(offset) for offset in offsets]),
+      "variables",
+      len(trainable ^ set(worker.gradients)),
       0,
-      "γ, β and biases; largest difference",
+      "of ResNet-50 that the paper's has not, or that are missing",
     ),
-    Line("initial kernels", np.max(errors), 6, "variance of a layer's; standard errors"),
+    Line(
+      "initial γ", float(max(np.max(x) for x in offsets)), 0, "γ, β, biases; largest difference"
+    ),
+    Line(
+      "initial kernels",
+      _abnormality(kernels.values()),
+      6,
+      "from normal, of He's variance, each its own; standard errors",
+    ),
   ]
+
+
+def _abnormality(samples) -> float:
+  """How far samples are from independent N(0, 1), in standard errors of the worst figure."""
+  figures, of_shape = [], {}
+  for sample in samples:
+    variance = np.mean(sample**2)
+    figures.append((variance - 1) * np.sqrt(sample.size / 2))
+    figures.append((np.mean(sample**4) / variance**2 - 3) * np.sqrt(sample.size / 24))
+    of_shape.setdefault(sample.shape, []).append(sample.ravel())
+  for alike in of_shape.values():
+    for one, other in itertools.pairwise(alike):
+      figures.append(np.corrcoef(one, other)[0, 1] * np.sqrt(one.size))
+  return float(np.max(np.abs(figures)))
 
 
 def check_resnet50(strategy) -> list[Line]:
@@ -643,8 +746,9 @@ def check_resnet50(strategy) -> list[Line]:
     best = (math.inf, "none")
     for first_step in range(batches):
       seen = observe(strategy, recipe, "resnet50", 1, first_step=first_step)
-      ((before, _, after),) = reference_steps(seen, recipe, "resnet50")
-      expected = {name: w - after.parameters[name] for name, w in before.parameters.items()}
+      rates = reference_rates(recipe, 1)
+      ((before, _, after),) = reference_steps(seen, recipe, "resnet50", rates)
+      expected = _expected_update(before, after)
       # NaN before all others, so that it is not lost.
       worst = max(
         (
@@ -667,6 +771,7 @@ _LONG = ("ResNet-50 float64", "ResNet-50 float32")
 # Each check, with the names of its lines.
 CHECKS = {
   check_schedule: (
+    "the paper's values",
     "scaling rule",
     "warmup",
     "step decay",
@@ -680,7 +785,7 @@ CHECKS = {
   check_aggregation: ("aggregation",),
   check_normalization: ("BN groups", "moving statistics"),
   check_step: ("whole step", "replicas identical"),
-  check_network: ("network", "initial γ", "initial kernels"),
+  check_network: ("network", "variables", "initial γ", "initial kernels"),
   check_resnet50: _LONG,
 }
 
@@ -722,7 +827,9 @@ def _run() -> int:
   unknown = sorted(set(flags.FLAGS.only) - set(names))
   if unknown:
     raise UserError(f"--only={','.join(unknown)}: no such property; there are {', '.join(names)}.")
-  output, cluster = _checked_output(flags.FLAGS.output), read_cluster()
+  cluster = read_cluster()
+  # The chief's alone: a task that ended here would leave the others waiting.
+  output = _checked_output(flags.FLAGS.output) if cluster.is_chief else None
   if flags.FLAGS.logical_cpus > 1 and cluster.num_tasks > 1:
     raise UserError(
       "--logical_cpus is for one task; leave it out under TF_CONFIG, where TensorFlow uses one CPU "
@@ -740,7 +847,6 @@ def _run() -> int:
 
   from tf_largebatch import training
 
-  training.use_exact_float32()
   tf.get_logger().setLevel("ERROR")  # It takes each new run's gather for a retracing.
   began = time.monotonic()
   lines = verify(strategy, flags.FLAGS.only)
@@ -756,9 +862,6 @@ def _run() -> int:
     "cluster": where,
     "versions": training.versions(),
   }
-  partial = output.with_name(f"{output.name}.partial")
-  partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-  partial.replace(output)
   print(", ".join(f"{name} {value}" for name, value in where.items()))
   print(f"{'property':<22}{'deviation':>10}{'limit':>10}")
   for line in lines:
@@ -768,6 +871,12 @@ def _run() -> int:
     print(f"{len(failed)} of {len(lines)} properties fail: {', '.join(failed)}.")
   else:
     print(f"All {len(lines)} properties hold, in {seconds:.0f} s.")
+  try:
+    partial = output.with_name(f"{output.name}.partial")
+    partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(output)
+  except OSError as error:
+    raise UserError(f"--output={output} cannot be written ({error.strerror}).") from error
   return bool(failed)
 
 
