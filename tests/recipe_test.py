@@ -13,6 +13,7 @@ import pytest
 import tf_largebatch
 from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe, scaled_learning_rate
+from tools import verify
 
 
 def test_the_defaults_are_the_papers():
@@ -24,26 +25,9 @@ def test_the_defaults_are_the_papers():
     "augmentation": None,
     "channel_mean": None,
     "channel_std": None,
-    "network": "resnet50",
-    "last_gamma": 0.0,
-    "batch_norm_momentum": 0.9,
-    "batch_norm_epsilon": 1e-5,
     "dtype": "float32",
     "workers": None,
-    "per_worker_batch_size": 32,
-    "epochs": 90,
-    "reference_learning_rate": 0.1,
-    "reference_batch_size": 256,
-    "learning_rate_scaling": "linear",
-    "warmup": "gradual",
-    "warmup_epochs": 5.0,
-    "decay_epochs": (30.0, 60.0, 80.0),
-    "decay_factor": 0.1,
-    "momentum": 0.9,
-    "nesterov": True,
-    "momentum_correction": True,
-    "weight_decay": 1e-4,
-    "label_smoothing": 0.0,
+    **verify.PAPER,
     "seed": 0,
   }
 

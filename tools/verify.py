@@ -46,7 +46,7 @@ _ID_BYTES = np.array([1, 256, 65536])
 
 
 # Goyal et al. 2017, §5.1, and §2.1 and §2.2 for η and the warmup.
-_PAPER = {
+PAPER = {
   "per_worker_batch_size": 32,
   "reference_learning_rate": 0.1,
   "reference_batch_size": 256,
@@ -505,7 +505,7 @@ def check_schedule(strategy) -> list[Line]:
   small = dataclasses.replace(recipe, reference_batch_size=2 * recipe.global_batch_size)
   optimizer = training.build_optimizer(small, len(make_examples(small)[0]))
   unwarmed = abs(float(optimizer.learning_rate) / reference_rates(small, 1)[0] - 1)
-  off = [name for name, value in _PAPER.items() if getattr(Recipe(), name) != value]
+  off = [name for name, value in PAPER.items() if getattr(Recipe(), name) != value]
   return [
     Line(
       "the paper's values",
