@@ -5,6 +5,9 @@ RUN := $(VENV)/bin/python
 # A CPU without instructions for bfloat16 is many times slower at it than at float32.
 DTYPE := $(if $(shell grep -m1 -oE 'avx512_bf16|amx_bf16' /proc/cpuinfo),bfloat16,float32)
 
+# Tests start many processes: each would compile TensorFlow's modules anew where this is set.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test lint
 
 train: $(VENV)/.installed
