@@ -15,6 +15,7 @@ really used. So the line that fails names the fault.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -147,6 +148,7 @@ def make_recipe(replicas: int, **changes) -> Recipe:
   return Recipe(**values | changes)
 
 
+@functools.cache  # The same examples serve all steps of a run.
 def make_examples(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
   """Images uint8 `[N, H, W, 3]` that tell their number, and labels; N is no multiple of kn."""
   count = recipe.global_batch_size * STEPS_PER_EPOCH + 3
@@ -423,13 +425,19 @@ def _norm(values: dict) -> float:
   return float(np.sqrt(sum(np.sum(value**2) for value in values.values())))
 
 
+# The rate is high for the gradient to outweigh the rounding of the weights that it is read from.
+_PLAIN_SGD = {
+  "momentum": 0.0,
+  "nesterov": False,
+  "warmup": "none",
+  "reference_learning_rate": 1.0,
+}
+
+
 def check_aggregation(strategy) -> list[Line]:
   """Remark 3, on a network without BN: plain SGD's step is η times the mean over kn images."""
   replicas = strategy.num_replicas_in_sync
-  # The rate is high for the gradient to outweigh the rounding of the weights it is read from.
-  recipe = make_recipe(
-    replicas, momentum=0.0, nesterov=False, warmup="none", reference_learning_rate=1.0
-  )
+  recipe = make_recipe(replicas, **_PLAIN_SGD)
   seen = observe(strategy, recipe, "plain", 3)
   rates = seen.scalars["learning_rate"]
   deviations = []
@@ -443,9 +451,7 @@ def check_aggregation(strategy) -> list[Line]:
 def check_normalization(strategy) -> list[Line]:
   """§2.3: every worker normalises over its own n images; the running averages see all workers."""
   replicas = strategy.num_replicas_in_sync
-  recipe = make_recipe(
-    replicas, momentum=0.0, nesterov=False, warmup="none", reference_learning_rate=1.0
-  )
+  recipe = make_recipe(replicas, **_PLAIN_SGD)
   seen = observe(strategy, recipe, "small_residual", 4)
   rates = seen.scalars["learning_rate"]
   groups, averages = [], []
@@ -554,7 +560,7 @@ def _shuffling_lines(ids: np.ndarray, recipe: Recipe) -> list[Line]:
   """Remark 4: one random shuffle an epoch, divided among the workers (ids `[steps, k, n]`)."""
   from tf_largebatch import input_pipeline
 
-  total = recipe.global_batch_size * STEPS_PER_EPOCH + 3
+  total = len(make_examples(recipe)[0])
   epochs = ids.reshape(3, STEPS_PER_EPOCH, *ids.shape[1:])
   faults = 0
   for epoch in epochs:
@@ -588,9 +594,10 @@ def _shuffling_lines(ids: np.ndarray, recipe: Recipe) -> list[Line]:
       ]
     )
 
-  strays = int(np.sum(alone(recipe.seed) != ids[[0, -1]]))
-  if np.array_equal(alone(recipe.seed), alone(recipe.seed + 1)):
-    strays += ids[[0, -1]].size
+  expected_ids = alone(recipe.seed)
+  strays = int(np.sum(expected_ids != ids[[0, -1]]))
+  if np.array_equal(expected_ids, alone(recipe.seed + 1)):
+    strays += expected_ids.size
   return [
     Line("every image once", faults, 0, "images repeated in an epoch, or that no epoch has"),
     Line(
