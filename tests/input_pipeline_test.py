@@ -85,6 +85,44 @@ def test_the_shuffle_is_as_good_as_random():
       assert np.sum(first == other) < 12  # Poisson with mean 1.
 
 
+def test_positions_and_neighbours_are_uniform():
+  """χ² over 2000 epochs' permutations of 1000 examples: position × id, and adjacent pairs.
+
+  A table of independent permutations has a χ² of (cells − 1)² degrees of freedom: position × id;
+  the pairs' is that of 999 draws an epoch from 999 000 pairs, all but independent.
+  """
+  examples, epochs, cells = 1000, 2000, 50
+  recipe = dataclasses.replace(RECIPE, workers=1, per_worker_batch_size=examples)
+  ids = np.stack(
+    [input_pipeline.example_ids(recipe, examples, epoch, 0) for epoch in range(epochs)]
+  )
+  np.testing.assert_array_equal(np.sort(ids), np.tile(np.arange(examples), (epochs, 1)))
+
+  def chi_squared(rows, columns, bins):
+    counts = np.histogram2d(rows.ravel(), columns.ravel(), bins)[0]
+    expected = counts.sum() / counts.size
+    return np.sum((counts - expected) ** 2) / expected
+
+  positions = np.broadcast_to(np.arange(examples), ids.shape)
+  # (name, rows, columns, how fine, degrees of freedom); every position × id, and in 50 × 50 cells.
+  for name, rows, columns, bins, freedom in [
+    ("position, id", positions, ids, examples, (examples - 1) ** 2),
+    ("position, id, coarse", positions, ids, cells, (cells - 1) ** 2),
+    ("neighbours, coarse", ids[:, :-1], ids[:, 1:], cells, cells**2 - 1),
+    ("next epoch's", ids[:-1], ids[1:], examples, (examples - 1) ** 2),
+    ("lag in the cycle", (ids[:, 1:] - ids[:, :-1]) % examples, positions[:, 1:], None, None),
+  ]:
+    if freedom is None:  # How far it is from one to the next: each of 999 distances alike often.
+      counts = np.bincount(rows.ravel(), minlength=examples)
+      assert counts[0] == 0
+      expected = rows.size / (examples - 1)
+      statistic, freedom = np.sum((counts[1:] - expected) ** 2) / expected, examples - 2
+    else:
+      statistic = chi_squared(rows, columns, bins)
+    # A χ² of many degrees is normal with this mean and variance.
+    assert abs(statistic - freedom) < 4.5 * np.sqrt(2 * freedom), name
+
+
 def test_the_shuffle_is_of_examples_not_of_their_grouping():
   """2 workers of 12 and 4 of 6 see the same examples at each step, in the same order."""
   regrouped = dataclasses.replace(RECIPE, workers=2, per_worker_batch_size=12)
@@ -126,6 +164,56 @@ def test_the_pipeline_delivers_just_those_ids(source, tasks, replicas, first_ste
       np.testing.assert_array_equal(images, source._images.numpy()[labels])
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("tasks", [1, 2, 3])
+def test_one_to_three_tasks_read_the_same(source, tasks, replicas):
+  """k = 12: the examples of each worker and step, and each of 49 999 validation examples once."""
+  recipe = dataclasses.replace(RECIPE, workers=12, per_worker_batch_size=2)
+  batches = [
+    input_pipeline.train_dataset(
+      recipe,
+      source,
+      first_worker=task * (12 // tasks),
+      num_workers=12 // tasks,
+      workers_per_replica=12 // (tasks * replicas),
+    ).as_numpy_iterator()
+    for task in range(tasks)
+  ]
+  for step in range(10):
+    labels = [next(batches[task])[1] for task in range(tasks) for _ in range(replicas)]
+    expected = [input_pipeline.example_ids(recipe, EXAMPLES, step, worker) for worker in range(12)]
+    np.testing.assert_array_equal(np.concatenate(labels), expected)
+
+  count = 49_999
+  validation = sources.ArraySource(np.zeros((count, 8, 8, 3), np.uint8), np.arange(count), count)
+  seen = np.zeros(count)
+  iterators = evaluation(recipe, validation, 500, tasks, replicas)
+  for _ in range(input_pipeline.evaluation_steps(validation, 500, tasks * replicas)):
+    for iterator in iterators:
+      for _ in range(replicas):
+        _, labels, weights = next(iterator)
+        np.add.at(seen, labels, weights)
+  assert np.all(seen == 1)
+
+
+def test_draws_are_a_positions_own():
+  """… wherever a worker's share begins, and however long it is."""
+
+  def draws(first, count, epoch=3, seed=5):
+    recipe = dataclasses.replace(RECIPE, seed=seed)
+    epoch, first = (tf.constant(value, tf.int64) for value in (epoch, first))
+    return input_pipeline._draws(recipe, epoch, first, count).numpy()
+
+  whole = draws(0, 100)
+  for first, count in [(0, 1), (1, 7), (50, 50), (99, 1)]:
+    np.testing.assert_array_equal(draws(first, count), whole[first : first + count])
+  assert len(np.unique(whole)) > 0.999 * whole.size  # Of 2^23 values, 4400 draws.
+  assert whole.min() >= 0 and whole.max() < 1 and abs(whole.mean() - 0.5) < 0.02
+  for other in (draws(0, 100, epoch=4), draws(0, 100, seed=6), draws(100, 100)):
+    assert np.mean(other == whole) < 0.001
+    assert abs(np.corrcoef(other.ravel(), whole.ravel())[0, 1]) < 0.06
+
+
 @pytest.mark.parametrize("augmentation", ["pad_crop", "area_crop"])
 def test_augmentation_is_the_same_on_every_cluster_and_changes_with_the_epoch(source, augmentation):
   recipe = dataclasses.replace(RECIPE, augmentation=augmentation)
@@ -146,7 +234,7 @@ def test_augmentation_is_the_same_on_every_cluster_and_changes_with_the_epoch(so
 @pytest.mark.parametrize("augmentation", ["pad_crop", "area_crop"])
 def test_augmentation_depends_on_seed_epoch_and_position(source, augmentation, monkeypatch):
   # The same example everywhere: what differs is the augmentation.
-  monkeypatch.setattr(input_pipeline, "_example_id", lambda *_: tf.constant(7, tf.int64))
+  monkeypatch.setattr(input_pipeline, "_example_id", lambda *_: tf.constant([7] * 6, tf.int64))
 
   def images(seed, first_step):
     recipe = dataclasses.replace(RECIPE, augmentation=augmentation, seed=seed)
@@ -191,10 +279,10 @@ def test_pad_crop_pads_with_the_mean_shifts_by_up_to_four_and_flips(source):
 
 
 @pytest.mark.parametrize("shape", [(375, 500, 3), (500, 375, 3), (64, 64, 3)])
-def test_random_area_has_the_papers_area_and_aspect(shape):
-  seeds = tf.stack([tf.zeros(3000, tf.int64), tf.range(3000, dtype=tf.int64)], 1)
-  crops = tf.data.Dataset.from_tensor_slices(seeds).map(
-    lambda seed: input_pipeline._random_area(shape, seed)
+def test_random_crop_has_the_papers_area_and_aspect(shape):
+  draws = input_pipeline._draws(RECIPE, tf.constant(0, tf.int64), tf.constant(0, tf.int64), 3000)
+  crops = tf.data.Dataset.from_tensor_slices(draws[:, 4:]).map(
+    lambda draws: input_pipeline._random_crop(tf.constant(shape), draws)
   )
   crops = np.stack(list(crops.as_numpy_iterator()))
   top, left, height, width = crops.T
@@ -218,14 +306,21 @@ def test_random_area_has_the_papers_area_and_aspect(shape):
     assert abs(np.mean(share < 0.31) - 0.2915) < 0.025
 
 
-def test_random_area_of_a_sliver_falls_back_to_a_centre_crop():
-  crop = input_pipeline._random_area((1000, 10, 3), tf.constant([0, 0], tf.int64)).numpy()
-  np.testing.assert_array_equal(crop, [493, 0, 13, 10])
+def test_random_crop_of_a_sliver_falls_back_to_a_centre_crop():
+  for seed in range(10):
+    draws = tf.random.stateless_uniform([40], [0, seed])
+    crop = input_pipeline._random_crop(tf.constant([1000, 10, 3]), draws)
+    np.testing.assert_array_equal(crop, [493, 0, 13, 10])
 
 
 def test_the_centre_crop_is_224_of_a_shorter_side_of_256():
-  np.testing.assert_array_equal(input_pipeline._center((256, 512, 3)), [16, 144, 224, 224])
-  np.testing.assert_array_equal(input_pipeline._center((1000, 500, 3)), [281, 31, 438, 438])
+  recipe = dataclasses.replace(RECIPE, augmentation="area_crop")
+  for shape, expected in [
+    ((256, 512, 3), [16, 144, 224, 224]),
+    ((1000, 500, 3), [281, 31, 438, 438]),
+    ((1, 1, 3), [0, 0, 1, 1]),
+  ]:
+    np.testing.assert_array_equal(input_pipeline._fixed_crop(recipe, shape), expected)
 
 
 class EncodedSource:
@@ -239,7 +334,7 @@ class EncodedSource:
     self.encoded = encoded
 
   def read(self, index):
-    return tf.constant(self.encoded), tf.cast(index, tf.int32)
+    return tf.constant(self.encoded), tf.cast(index % self.num_classes, tf.int32)
 
 
 @pytest.mark.parametrize("encode", [tf.io.encode_png, tf.io.encode_jpeg])
@@ -248,7 +343,7 @@ def test_encoded_images_are_cropped_as_decoded_ones(encode):
   encoded = encode(tf.constant(smooth.astype(np.uint8))).numpy()
   decoded = tf.io.decode_image(encoded, channels=3).numpy()
   recipe = dataclasses.replace(RECIPE, augmentation="area_crop", image_size=16)
-  array = sources.ArraySource(np.repeat(decoded[None], 24, 0), np.arange(24), 1)
+  array = sources.ArraySource(np.repeat(decoded[None], 24, 0), np.zeros(24), 1)
   for make in (
     lambda s: task_batches(recipe, s, 1, 1, 0, 1)[0][0][0],
     lambda s: next(evaluation(recipe, s, 24, 1, 1)[0])[0],

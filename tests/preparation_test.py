@@ -66,9 +66,9 @@ def log(tmp_path, monkeypatch):
   return path
 
 
-def _message(dataset, data_dir):
+def _message(dataset, data_dir, file_format=None):
   with pytest.raises(UserError) as error:
-    preparation.prepare(dataset, str(data_dir))
+    preparation.prepare(dataset, str(data_dir), file_format)
   assert "\n" not in str(error.value)
   return str(error.value)
 
@@ -158,6 +158,24 @@ def test_prepares_once_and_then_touches_nothing(tmp_path, log, monkeypatch):
   preparation.prepare("tiny_shapes", str(data_dir))
   assert log.read_text() == "prepared\n"
   assert not lock.exists()  # So a directory that cannot be written will do.
+
+
+def test_a_data_set_has_one_file_format(tmp_path, log):
+  assert "'tiny_shapes': " in _message("tiny_shapes", tmp_path, "parchment")
+  preparation.prepare("tiny_shapes", str(tmp_path), "array_record")
+  directory = tmp_path / "tiny_shapes" / "1.0.0"
+  assert (directory / "tiny_shapes-train.array_record-00000-of-00001").exists()
+  assert not [*directory.glob("*tfrecord*")]
+  source = tfds.builder("tiny_shapes", data_dir=tmp_path).as_data_source("train")
+  assert sorted(int(example["label"]) for example in source) == [0, 1, 2]
+
+  # Also by its version, for which TFDS reads the files and not the code.
+  for name in ("tiny_shapes", "tiny_shapes:1.0.0"):
+    preparation.prepare(name, str(tmp_path))
+    preparation.prepare(name, str(tmp_path), "array_record")
+    message = _message(name, tmp_path, "tfrecord")
+    assert message.startswith(f"{name} is prepared as array_record in {directory}; for tfrecord ")
+  assert log.read_text() == "prepared\n"
 
 
 def test_failed_preparation_leaves_nothing_that_looks_finished(tmp_path, log, monkeypatch):
@@ -347,6 +365,61 @@ def test_one_changed_byte_is_refused(npm_package, tmp_path):
   message = _message("cifar10", tmp_path)
   assert "data_batch_3.bin has the MD5 digest" in message
   assert not tfds.builder("cifar10", data_dir=tmp_path).is_prepared()
+
+
+@pytest.mark.parametrize("lists", ["there", "missing"])
+def test_debian_packages_are_unpacked_with_private_lists_if_need_be(lists, tmp_path, monkeypatch):
+  done = []
+
+  def run(name, command, directory):
+    assert name == command[0]
+    done.append(name if name == "dpkg-deb" else " ".join(map(str, command[-3:])))
+    if name == "dpkg-deb":
+      _, option, package, content = command
+      assert (option, content) == ("--extract", tmp_path / "content")
+      (content / package.read_text()).touch()
+    elif command[-1] == "update":
+      options = dict(option.split("=", 1) for option in command if "=" in str(option))
+      assert (pathlib.Path(options["Dir::State::Lists"]) / "partial").is_dir()
+      assert options["APT::Sandbox::User"] == ""
+    elif lists == "missing" and len(done) == 1:
+      raise preparation._SourceError("apt-get failed with status 100: E: no such package")
+    else:
+      for package in command[-2:]:
+        (directory / f"{package}_1.0_all.deb").write_text(package)
+
+  monkeypatch.setattr(preparation, "_run", run)
+  monkeypatch.chdir(tmp_path)
+  pathlib.Path("content").mkdir()
+  preparation.unpack_debian_packages(["one", "two"], pathlib.Path("content"))
+  assert sorted(os.listdir("content")) == ["one", "two"]
+  download = ["download one two"]
+  if lists == "missing":
+    download += ["-o APT::Sandbox::User= update", "download one two"]
+  assert done == [*download, "dpkg-deb", "dpkg-deb"]
+
+
+def test_fashion_mnist_files_are_those_of_the_debian_package(tmp_path, monkeypatch):
+  def unpack(names, directory):
+    assert names == ["dataset-fashion-mnist"]
+    folder = directory / "usr/share/datasets/fashion-mnist"
+    folder.mkdir(parents=True)
+    for name in preparation._FASHION_MNIST_MTIMES:
+      (folder / f"{name}.gz").write_bytes(gzip.compress(name.encode(), mtime=0))
+
+  def build(builder, scratch, manual_dir):
+    for info in builder.url_infos.values():
+      content = (manual_dir / info.filename).read_bytes()
+      name = info.filename.removesuffix(".gz").encode()
+      assert gzip.decompress(content) == name
+      assert name in content[:40]  # In the header, where upstream has it.
+    built.append(builder.name)
+
+  built = []
+  monkeypatch.setattr(preparation, "unpack_debian_packages", unpack)
+  monkeypatch.setattr(preparation, "_build", build)
+  preparation._build_fashion_mnist_from_debian(tfds.builder("fashion_mnist"), tmp_path)
+  assert built == ["fashion_mnist"]
 
 
 def test_gzip_header_is_the_one_gzip_writes():

@@ -54,7 +54,11 @@ def data_dir(tmp_path_factory):
 
 
 def read_all(source):
-  dataset = tf.data.Dataset.range(source.num_examples).map(source.read)
+  indices = tf.data.Dataset.range(source.num_examples)
+  if source.image_shape is None:
+    dataset = indices.map(source.read)
+  else:  # Many at once.
+    dataset = indices.batch(7).map(source.read).unbatch()
   pairs = []
   for image, label in dataset:
     if image.dtype == tf.string:
@@ -108,7 +112,7 @@ def test_slices_across_shards(tmp_path):
     instructions.append(
       tfds.core.utils.shard_utils.FileInstruction(path, skip=skip, take=take, examples_in_shard=6)
     )
-  source = sources.TFRecordSource(instructions, "picture", "kind", 6)
+  source = sources.TFRecordSource(instructions, "picture", "kind", 6, None)
   found = tf.data.Dataset.range(source.num_examples).map(source.read).as_numpy_iterator()
   assert [(name, int(kind)) for name, kind in found] == expected
 

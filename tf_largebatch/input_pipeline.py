@@ -4,9 +4,14 @@ Nothing here has a state: step s of epoch e takes the positions [s·kn, (s+1)·k
 that depends on (seed, e) alone, worker j the j-th n of them (one shuffle of the training set an
 epoch, divided among all workers: remark 4), and the augmentation draws from (seed, e, position).
 So any step can be rebuilt from its number, on any cluster.
+
+The draws and the ids of a worker's n images are computed together, and what follows is done to
+all n at once where images have one shape, else to one encoded image after the other, on all cores.
 """
 
 import math
+import os
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -16,6 +21,15 @@ from tf_largebatch.recipe import Recipe
 _PADDING = 4  # Pixels on each side, He et al. 2016 (arXiv 1512.03385), §4.2.
 _CROP_TRIES = 10
 _CENTER_FRACTION = 224 / 256  # Shorter side 256, centre crop 224 (§5.1).
+# Words of 32 bits that a position draws: four a crop's try and one for the flip, in blocks of four.
+_DRAWS = 4 * _CROP_TRIES + 4
+# How many successive examples are tried in place of one that cannot be read.
+_REPLACEMENTS = 8
+# How JPEGs are decoded: training images by libjpeg's fast integer DCT, validation by its exact one.
+TRAIN_DECODING = {"dct_method": "INTEGER_FAST", "fancy_upscaling": True}
+EVALUATION_DECODING = {"dct_method": "INTEGER_ACCURATE", "fancy_upscaling": True}
+# A step of a device that carries many workers takes gigabytes: few are held.
+_PREFETCHED = 2
 
 
 def _split_step(recipe: Recipe, train_examples: int, step):
@@ -69,6 +83,7 @@ def train_dataset(
   num_workers: int,
   workers_per_replica: int,
   first_step: int = 0,
+  on_bad_example: Callable[[int], None] | None = None,
 ) -> tf.data.Dataset:
   """The batches of some successive workers, without end, from a step on.
 
@@ -78,37 +93,40 @@ def train_dataset(
     first_worker, num_workers: the workers of this task.
     workers_per_replica: how many of them each replica carries; it divides num_workers.
     first_step: of the run.
+    on_bad_example: None: an example that cannot be read ends the data set with an error. Otherwise
+      the next one of the split that can takes its place, and this is called with the bad one's id
+      whenever that happened; `sources.fault` tells what is wrong with it.
 
   Returns:
     Elements (images uint8 `[workers_per_replica, n, H, W, C]`, labels int32
     `[workers_per_replica, n]`), for each step one a replica, in order.
   """
   n = recipe.per_worker_batch_size
-  images_per_step = num_workers * n
 
-  def load(count):
-    epoch, step_in_epoch = _split_step(recipe, source.num_examples, count // images_per_step)
-    in_step = first_worker * n + count % images_per_step
-    position = step_in_epoch * recipe.global_batch_size + in_step
-    image, label = source.read(_example_id(recipe, source.num_examples, epoch, position))
-    # (seed, epoch, position) as the two numbers of a stateless seed.
-    seed = tf.stack([tf.constant(recipe.seed, tf.int64), epoch * 2**40 + position])
-    return _train_image(recipe, source, image, seed), label
+  def plan(count):
+    """The ids and the draws of one worker's images."""
+    epoch, step_in_epoch = _split_step(recipe, source.num_examples, count // num_workers)
+    worker = first_worker + count % num_workers
+    first = step_in_epoch * recipe.global_batch_size + worker * n
+    ids = _example_id(recipe, source.num_examples, epoch, tf.range(first, first + n))
+    return ids, _draws(recipe, epoch, first, n)
 
   # Endless: a finite data set would make every task ask all others, each step, who is at the end.
-  dataset = tf.data.Dataset.counter(first_step * images_per_step)
-  dataset = dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-  dataset = dataset.batch(workers_per_replica * n, drop_remainder=True)
-
-  def by_worker(tensor):
-    return tf.reshape(tensor, [workers_per_replica, n, *tensor.shape[1:]])
-
-  # A step of a device that carries many workers takes gigabytes: few are held.
-  return dataset.map(lambda *batch: tuple(map(by_worker, batch))).prefetch(2)
+  plans = tf.data.Dataset.counter(first_step * num_workers).map(plan)
+  groups = workers_per_replica
+  dataset = _load(recipe, source, plans, n, groups, training=True, on_bad_example=on_bad_example)
+  return dataset.map(lambda _, images, labels, read: (images, labels)).prefetch(_PREFETCHED)
 
 
 def evaluation_dataset(
-  recipe: Recipe, source, *, batch_size: int, first_replica: int, num_replicas: int, replicas: int
+  recipe: Recipe,
+  source,
+  *,
+  batch_size: int,
+  first_replica: int,
+  num_replicas: int,
+  replicas: int,
+  on_bad_example: Callable[[int], None] | None = None,
 ) -> tf.data.Dataset:
   """The validation batches of some successive replicas, without end; every example counts once.
 
@@ -117,121 +135,215 @@ def evaluation_dataset(
     batch_size: images of a replica's batch.
     first_replica, num_replicas: the replicas of this task.
     replicas: of all tasks.
+    on_bad_example: as in `train_dataset`, but that nothing takes a bad example's place.
 
   Returns:
     Elements (images uint8 `[batch_size, H, W, C]`, labels int32 `[batch_size]`, weights float32
-    `[batch_size]`: 1, or 0 past the last example), for each step one a replica, in order.
+    `[batch_size]`: 1; 0 past the last example; -1 where it cannot be read), for each step one a
+    replica, in order.
   """
 
-  def load(count):
-    step, in_step = count // (num_replicas * batch_size), count % (num_replicas * batch_size)
-    index = (step * replicas + first_replica) * batch_size + in_step
-    image, label = source.read(tf.minimum(index, source.num_examples - 1))
-    weight = tf.cast(index < source.num_examples, tf.float32)
-    return _evaluation_image(recipe, source, image), label, weight
+  def plan(count):
+    replica = count // num_replicas * replicas + first_replica + count % num_replicas
+    ids = replica * batch_size + tf.range(batch_size, dtype=tf.int64)
+    return ids, tf.zeros([batch_size, 1])  # Draws nobody reads; of none `unbatch` crashes.
 
-  dataset = tf.data.Dataset.counter()
-  dataset = dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-  return dataset.batch(batch_size, drop_remainder=True).prefetch(1)
+  def weigh(ids, images, labels, read):
+    weights = tf.where(read, 1.0, -1.0)
+    return images[0], labels[0], tf.where(ids < source.num_examples, weights, 0.0)[0]
+
+  plans = tf.data.Dataset.counter().map(plan)
+  dataset = _load(
+    recipe, source, plans, batch_size, 1, training=False, on_bad_example=on_bad_example
+  )
+  return dataset.map(weigh).prefetch(_PREFETCHED)
 
 
 def evaluation_steps(source, batch_size: int, replicas: int) -> int:
-  """Steps until every validation example was seen."""
-  return math.ceil(source.num_examples / (batch_size * replicas))
+  """How many elements a replica evaluates."""
+  return -(-source.num_examples // (batch_size * replicas))
 
 
-def _train_image(recipe: Recipe, source, image, seed):
-  if recipe.augmentation == "area_crop":
-    image = _decode_crop(recipe, source, image, lambda shape: _random_area(shape, seed))
+def _draws(recipe: Recipe, epoch, first, count: int):
+  """What successive positions of an epoch draw: uniform in [0, 1), float32 `[count, _DRAWS]`.
+
+  Philox makes four words a counter, so a position's draws are its own: counted from the epoch's
+  beginning, whatever is drawn beside them.
+  """
+  # Another stream than the shuffle's, whose seed has the epoch itself.
+  seed = tf.stack([tf.constant(recipe.seed, tf.int64), -1 - epoch])
+  key = tf.random.stateless_uniform([1], seed, minval=None, maxval=None, dtype=tf.uint64)
+  return tf.raw_ops.StatelessRandomUniformV2(
+    shape=[count, _DRAWS],
+    key=key,
+    counter=tf.cast(tf.stack([first * (_DRAWS // 4), 0]), tf.uint64),
+    alg=tf.random.Algorithm.PHILOX.value,
+  )
+
+
+def _load(recipe: Recipe, source, plans, size: int, groups: int, *, training: bool, on_bad_example):
+  """Reads and prepares what plans tell.
+
+  Args:
+    recipe, source, on_bad_example: as in `train_dataset`.
+    plans: a data set of (ids int64 `[size]`, draws float32 `[size, …]`); ids past the last example
+      stand for that one.
+    size, groups: so many plans of that size make one element.
+    training: with the recipe's augmentation, or as for evaluation.
+
+  Returns:
+    A data set of (ids, images uint8 `[groups, size, H, W, C]`, labels int32, read bool); read is
+    false where another image stands for one that cannot be read.
+  """
+  threads = len(os.sched_getaffinity(0))
+  parallel = {"num_parallel_calls": threads, "deterministic": True}
+  random_crops = training and recipe.augmentation == "area_crop"
+
+  def load_plan(ids, draws):
+    images, labels = source.read(tf.minimum(ids, source.num_examples - 1))
+    top, left, height, width = _fixed_crop(recipe, source.image_shape)
+    images = _resize(recipe, images[:, top : top + height, left : left + width])
+    if training and recipe.augmentation == "pad_crop":
+      images = _shift_and_flip(recipe, images, draws)
+    return ids, images, labels, tf.ones([size], tf.bool)
+
+  def load_image(index, draws):
+    if source.image_shape is None:
+      image, label = source.read(index)
+    else:
+      image, label = (batch[0] for batch in source.read(index[tf.newaxis]))
+
+    def crop_of(shape):
+      return _random_crop(shape, draws[4:]) if random_crops else _fixed_crop(recipe, shape)
+
+    # Otherwise a wrong label would train on nothing, without a word.
+    is_class = tf.debugging.Assert((label >= 0) & (label < source.num_classes), [label])
+    with tf.control_dependencies([is_class]):
+      image = tf.identity(image)
+    images = _resize(recipe, _decode_and_crop(recipe, image, crop_of, training)[tf.newaxis])
+    if training and recipe.augmentation == "pad_crop":
+      images = _shift_and_flip(recipe, images, draws[tf.newaxis])
+    image = images[0]
+    if random_crops:
+      image = tf.cond(draws[0] < 0.5, lambda: tf.reverse(image, [1]), lambda: image)
+    return image, label
+
+  def load_image_or_next(index, draws):
+    def attempt(number):
+      def tell():
+        return tf.numpy_function(report, [(wanted + number - 1) % source.num_examples], tf.bool)
+
+      with tf.control_dependencies([tf.cond(number > 0, tell, lambda: True)]):
+        candidate = (wanted + number) % source.num_examples
+      return index, *load_image(candidate, draws), number == 0
+
+    def report(bad):
+      on_bad_example(int(bad))
+      return True
+
+    wanted = tf.minimum(index, source.num_examples - 1)
+    if on_bad_example is None:
+      return index, *load_image(wanted, draws), True
+    # A graph has no `try`, but a data set can leave out what fails.
+    attempts = tf.data.Dataset.range(_REPLACEMENTS).map(attempt).ignore_errors()
+    return attempts.take(1).get_single_element()
+
+  if source.image_shape is not None and not random_crops:
+    dataset = plans.map(load_plan, **parallel).batch(groups)
   else:
-    image = _evaluation_image(recipe, source, image)
-    if recipe.augmentation == "pad_crop":
-      image = _random_shift(recipe, image, seed)
-  if recipe.augmentation != "none":
-    flip_seed = tf.random.experimental.stateless_fold_in(seed, 1)
-    flip = tf.random.stateless_uniform([], flip_seed, 0, 2, tf.int32) == 1
-    image = tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
-  return image
+    dataset = plans.unbatch().map(load_image_or_next, **parallel).batch(groups * size)
+    dataset = dataset.map(
+      lambda *batch: tuple(tf.reshape(x, [groups, size, *x.shape[1:]]) for x in batch)
+    )
+  options = tf.data.Options()
+  options.threading.private_threadpool_size = threads
+  # Ops on one image are too small to be shared out among threads.
+  options.threading.max_intra_op_parallelism = 1
+  options.autotune.enabled = False
+  return dataset.with_options(options)
 
 
-def _evaluation_image(recipe: Recipe, source, image):
-  if recipe.augmentation == "area_crop":
-    return _decode_crop(recipe, source, image, _center)
-  return _decode_crop(recipe, source, image, _whole)
+def _shift_and_flip(recipe: Recipe, images, draws):
+  """Pads images `[B, H, W, C]` by 4, crops and flips them at random, by draws `[B, 3 or more]`.
 
-
-def _random_shift(recipe: Recipe, image, seed):
-  """Pads by 4 and crops at random; the padding is the mean pixel, 0 once it is normalised."""
+  The padding is the mean pixel, 0 once it is normalised.
+  """
   size = recipe.image_size
   mean = tf.constant([round(value) for value in recipe.channel_mean], tf.uint8)
-  padding = [[_PADDING, _PADDING], [_PADDING, _PADDING], [0, 0]]
+  padding = [[0, 0], [_PADDING, _PADDING], [_PADDING, _PADDING], [0, 0]]
   # Padded as (pixel − mean) modulo 256: tf.pad knows but one constant for all channels.
-  image = tf.pad(image - mean, padding) + mean
-  offset = tf.random.stateless_uniform([2], seed, 0, 2 * _PADDING + 1, tf.int32)
-  return tf.slice(image, [offset[0], offset[1], 0], [size, size, image.shape[-1]])
+  images = tf.pad(images - mean, padding) + mean
+  offsets = tf.cast(draws[:, 1:3, tf.newaxis] * (2 * _PADDING + 1), tf.int32)
+  rows = offsets[:, 0] + tf.range(size)
+  columns = offsets[:, 1] + tf.where(draws[:, :1] < 0.5, tf.range(size)[::-1], tf.range(size))
+  return tf.gather(tf.gather(images, rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)
 
 
-def _random_area(shape, seed):
+def _random_crop(shape, draws):
   """(top, left, height, width) of a crop of 8-100% of the area, aspect 3/4-4/3 (§5.1).
 
   Ten tries at once, of which the first that fits is taken, else the largest centre crop of an
   allowed aspect; the aspect is uniform in its logarithm, as in torchvision.
+
+  Args:
+    shape: (H, W, …) of the image.
+    draws: uniform in [0, 1), `[40]`.
   """
-  height, width = tf.cast(shape[0], tf.float32), tf.cast(shape[1], tf.float32)
-  draws = tf.random.stateless_uniform([_CROP_TRIES, 4], seed)
-  area = (0.08 + draws[:, 0] * 0.92) * height * width
+  shape = tf.cast(shape[:2], tf.float32)
+  draws = tf.reshape(draws, [_CROP_TRIES, 4])
+  area = (0.08 + draws[:, 0] * 0.92) * shape[0] * shape[1]
   aspect = tf.exp((2 * draws[:, 1] - 1) * math.log(4 / 3))
-  widths, heights = tf.round(tf.sqrt(area * aspect)), tf.round(tf.sqrt(area / aspect))
-  fits = (widths >= 1) & (heights >= 1) & (widths <= width) & (heights <= height)
-  tops = tf.floor(draws[:, 2] * (height - heights + 1))
-  lefts = tf.floor(draws[:, 3] * (width - widths + 1))
+  sizes = tf.round(tf.sqrt(tf.stack([area / aspect, area * aspect], axis=1)))
+  room = shape - sizes
+  fits = tf.reduce_all((sizes >= 1) & (room >= 0), axis=1)
+  offsets = tf.floor(draws[:, 2:] * (room + 1))
   first = tf.argmax(tf.cast(fits, tf.int32))
-  drawn = tf.gather(tf.stack([tops, lefts, heights, widths], axis=1), first)
-  fall_height = tf.minimum(height, tf.maximum(tf.round(width * 4 / 3), 1))
-  fall_width = tf.minimum(width, tf.maximum(tf.round(height * 4 / 3), 1))
-  fallback = tf.stack(
-    [(height - fall_height) // 2, (width - fall_width) // 2, fall_height, fall_width]
-  )
-  return tf.cast(tf.where(tf.reduce_any(fits), drawn, fallback), tf.int32)
+  drawn = tf.concat([offsets[first], sizes[first]], axis=0)
+  largest = tf.minimum(shape, tf.maximum(tf.round(shape[::-1] * 4 / 3), 1))
+  fallback = tf.concat([(shape - largest) // 2, largest], axis=0)
+  return tf.unstack(tf.cast(tf.where(fits[first], drawn, fallback), tf.int32))
 
 
-def _center(shape):
-  """The centre crop that is 224 wide when the shorter side is 256."""
-  side = tf.cast(tf.minimum(shape[0], shape[1]), tf.float32) * _CENTER_FRACTION
+def _fixed_crop(recipe: Recipe, shape):
+  """(top, left, height, width) of the centre crop, or of all where training crops nothing."""
+  height, width = shape[0], shape[1]
+  if recipe.augmentation != "area_crop":
+    return 0, 0, height, width
+  side = tf.cast(tf.minimum(height, width), tf.float32) * _CENTER_FRACTION
   side = tf.maximum(tf.cast(tf.round(side), tf.int32), 1)
-  return tf.stack([(shape[0] - side) // 2, (shape[1] - side) // 2, side, side])
+  return (height - side) // 2, (width - side) // 2, side, side
 
 
-def _whole(shape):
-  return tf.stack([0, 0, shape[0], shape[1]])
+def _decode_and_crop(recipe: Recipe, image, crop_of, training: bool):
+  """Part of an image, encoded or not; `crop_of`: shape → (top, left, height, width)."""
+  channels = len(recipe.channel_mean)
 
+  def cut(image):
+    top, left, height, width = crop_of(tf.shape(image))
+    return image[top : top + height, left : left + width]
 
-def _decode_crop(recipe: Recipe, source, image, crop_of):
-  """uint8 `[size, size, C]` of a crop; `crop_of`: shape → (top, left, height, width)."""
-  size = recipe.image_size
-  if crop_of is _whole and source.image_shape and source.image_shape[:2] == (size, size):
-    return image
-  if source.image_shape is not None:
-    crop = _crop_decoded(image, crop_of)
-    channels = source.image_shape[-1]
-  else:
-    channels = len(recipe.channel_mean)
-    crop = tf.cond(
-      tf.io.is_jpeg(image),
-      # Decodes the blocks of the crop alone.
-      lambda: tf.io.decode_and_crop_jpeg(
-        image, crop_of(tf.io.extract_jpeg_shape(image)), channels=channels
-      ),
-      lambda: _crop_decoded(
-        tf.io.decode_image(image, channels=channels, expand_animations=False), crop_of
-      ),
+  def decode_jpeg():
+    # Decodes the blocks of the crop alone.
+    return tf.io.decode_and_crop_jpeg(
+      image,
+      tf.stack(crop_of(tf.io.extract_jpeg_shape(image))),
+      channels=channels,
+      **(TRAIN_DECODING if training else EVALUATION_DECODING),
     )
-  resized = tf.image.resize(crop, [size, size])
-  resized = tf.cast(tf.clip_by_value(tf.round(resized), 0, 255), tf.uint8)
-  resized.set_shape([size, size, channels])
-  return resized
+
+  def decode_other():
+    return cut(tf.io.decode_image(image, channels=channels, expand_animations=False))
+
+  if image.dtype != tf.string:
+    return cut(image)
+  decoded = tf.cond(tf.io.is_jpeg(image), decode_jpeg, decode_other)
+  return tf.ensure_shape(decoded, [None, None, channels])
 
 
-def _crop_decoded(image, crop_of):
-  top, left, height, width = tf.unstack(crop_of(tf.shape(image)))
-  return image[top : top + height, left : left + width]
+def _resize(recipe: Recipe, images):
+  """Images `[B, H, W, C]` of the recipe's size, bilinear, in uint8."""
+  size = recipe.image_size
+  if images.shape[1:3] == (size, size):
+    return images
+  resized = tf.raw_ops.ResizeBilinear(images=images, size=[size, size], half_pixel_centers=True)
+  return tf.cast(resized + 0.5, tf.uint8)

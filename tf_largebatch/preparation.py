@@ -22,7 +22,7 @@ import tarfile
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import requests
@@ -64,11 +64,11 @@ _FASHION_MNIST_MTIMES = {
 }
 
 
-class _SourceError(Exception):
+class _SourceError(UserError):
   """Why a source of data did not serve, in a few words."""
 
 
-def prepare(dataset: str, data_dir: str) -> None:
+def prepare(dataset: str, data_dir: str, file_format: str | None = None) -> None:
   """Makes sure that TFDS has `dataset` prepared under `data_dir`.
 
   Returns at once if it is there. Otherwise tries in turn the files that the user put into
@@ -79,21 +79,25 @@ def prepare(dataset: str, data_dir: str) -> None:
   Args:
     dataset: what `tfds.load` takes: `name`, `name/config` or `name/config:version`.
     data_dir: TFDS's data directory; made if it does not exist.
+    file_format: "tfrecord" or "array_record"; if None, what is there or else TFDS's own choice.
 
   Raises:
-    UserError: TFDS knows no such data set, `data_dir` cannot be written, or no source served; the
-      message then says which file to put where.
+    UserError: TFDS knows no such data set, it is there in another format, `data_dir` cannot be
+      written, or no source served; the message then says which file to put where.
   """
   if "://" not in data_dir:  # Absolute, as package managers run in other directories.
     data_dir = os.path.abspath(os.path.expanduser(data_dir))
-  if _is_prepared(_make_builder(dataset, data_dir)):
+  make_builder = functools.partial(_make_builder, dataset, data_dir, file_format)
+  if _is_prepared(make_builder()):
     return
   with _exclusive_scratch_dir(data_dir) as scratch:
-    if not _is_prepared(_make_builder(dataset, data_dir)):  # Nobody did it while we waited.
-      _prepare_from_any_source(dataset, data_dir, scratch)
+    if not _is_prepared(make_builder()):  # Nobody did it while we waited.
+      _prepare_from_any_source(make_builder, dataset, data_dir, scratch)
 
 
-def _make_builder(dataset: str, data_dir: str) -> tfds.core.DatasetBuilder:
+def _make_builder(
+  dataset: str, data_dir: str, file_format: str | None = None
+) -> tfds.core.DatasetBuilder:
   """Returns TFDS's builder; never asks the network, as TFDS would for a `namespace:name`."""
   known = tfds.list_builders(with_community_datasets=False)
   name = re.split("[/:]", dataset, maxsplit=1)[0]
@@ -105,9 +109,18 @@ def _make_builder(dataset: str, data_dir: str) -> tfds.core.DatasetBuilder:
       "synthetic, which needs no data, exists too."
     )
   try:
-    return tfds.builder(dataset, data_dir=data_dir)
+    builder = tfds.builder(dataset, data_dir=data_dir)
+    if file_format and not _is_prepared(builder):
+      return tfds.builder(dataset, data_dir=data_dir, file_format=file_format)
   except Exception as error:  # TFDS raises a different type for each part that is wrong.
     raise UserError(f"TensorFlow Datasets refuses dataset {dataset!r}: {_short(error)}") from error
+  # TFDS writes a version of a data set in one format.
+  if file_format and builder.info.file_format.value != file_format:
+    raise UserError(
+      f"{dataset} is prepared as {builder.info.file_format.value} in {builder.data_dir}; for "
+      f"{file_format} give another data_dir or move that directory away."
+    )
+  return builder
 
 
 def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
@@ -142,9 +155,14 @@ def _exclusive_scratch_dir(data_dir: str) -> Iterator[pathlib.Path]:
     yield scratch
 
 
-def _prepare_from_any_source(dataset: str, data_dir: str, scratch: pathlib.Path) -> None:
-  """Tries the sources in turn; raises a UserError when none serves."""
-  builder = _make_builder(dataset, data_dir)
+def _prepare_from_any_source(
+  make_builder: Callable[[], tfds.core.DatasetBuilder],
+  dataset: str,
+  data_dir: str,
+  scratch: pathlib.Path,
+) -> None:
+  """Tries the sources in turn, each with a new builder; raises a UserError when none serves."""
+  builder = make_builder()
   manual_dir = builder.data_dir_root / "downloads" / "manual"
   url_infos = builder.url_infos or {}
   files = _MANUAL_FILES.get(builder.name) or [i.filename for i in url_infos.values() if i.filename]
@@ -168,7 +186,7 @@ def _prepare_from_any_source(dataset: str, data_dir: str, scratch: pathlib.Path)
   for source, build in sources:
     logging.info("Preparing %s from %s.", dataset, source)
     try:
-      build(_make_builder(dataset, data_dir), scratch)
+      build(make_builder(), scratch)
     except Exception as error:  # Whatever went wrong, the next source may serve.
       logging.debug("The traceback:", exc_info=True)
       failures.append(f"{source}: {_short(error)}")
@@ -321,24 +339,36 @@ def _build_fashion_mnist_from_debian(
   """Rebuilds upstream's very files, which TFDS then checks, from the Debian package."""
   manual_dir = scratch / "manual"
   manual_dir.mkdir()
-  with tempfile.TemporaryDirectory(dir=scratch) as temporary:
+  with tempfile.TemporaryDirectory(dir=scratch) as content:
+    content = pathlib.Path(content)
+    unpack_debian_packages([_FASHION_MNIST_DEBIAN_PACKAGE], content)
+    for name, mtime in _FASHION_MNIST_MTIMES.items():
+      path = content / "usr/share/datasets/fashion-mnist" / f"{name}.gz"
+      (manual_dir / path.name).write_bytes(_with_gzip_header(path.read_bytes(), name, mtime))
+  _build(builder, scratch, manual_dir)
+
+
+def unpack_debian_packages(names: Sequence[str], directory: pathlib.Path) -> None:
+  """Downloads Debian packages and unpacks them into `directory`; neither installs nor needs root.
+
+  Raises:
+    UserError: there is no apt-get or dpkg-deb, or they failed.
+  """
+  directory = directory.absolute()  # The commands run in another one.
+  with tempfile.TemporaryDirectory(dir=directory) as temporary:
     temporary = pathlib.Path(temporary)
     apt = ["apt-get", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=30"]
     try:
-      _run("apt-get", [*apt, "download", _FASHION_MNIST_DEBIAN_PACKAGE], temporary)
+      _run("apt-get", [*apt, "download", *names], temporary)
     except _SourceError:
       # The machine's package lists are missing or old: fetch private ones, which needs no root.
       (temporary / "lists" / "partial").mkdir(parents=True)
       apt += ["-o", f"Dir::State::Lists={temporary / 'lists'}"]
       apt += ["-o", f"Dir::Cache={temporary}", "-o", "APT::Sandbox::User="]
       _run("apt-get", [*apt, "update"], temporary)
-      _run("apt-get", [*apt, "download", _FASHION_MNIST_DEBIAN_PACKAGE], temporary)
-    (package,) = temporary.glob("*.deb")
-    _run("dpkg-deb", ["dpkg-deb", "--extract", package, temporary / "content"], temporary)
-    for name, mtime in _FASHION_MNIST_MTIMES.items():
-      path = temporary / "content" / "usr/share/datasets/fashion-mnist" / f"{name}.gz"
-      (manual_dir / path.name).write_bytes(_with_gzip_header(path.read_bytes(), name, mtime))
-  _build(builder, scratch, manual_dir)
+      _run("apt-get", [*apt, "download", *names], temporary)
+    for package in temporary.glob("*.deb"):
+      _run("dpkg-deb", ["dpkg-deb", "--extract", package, directory], temporary)
 
 
 def _with_gzip_header(content: bytes, name: str, mtime: int) -> bytes:

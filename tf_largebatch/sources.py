@@ -4,22 +4,32 @@ A source is any object with
 
     num_examples, num_classes      ints
     image_shape                    (H, W, C) where all images share it, else None
-    read(index)                    int64 scalar → (image, label) in a tf.data graph: the image
-                                   uint8 [H, W, C] where image_shape is known, else its encoded
-                                   bytes (string scalar); the label an int32 scalar
+    read(index)                    in a tf.data graph: where image_shape is known, int64 `[B]` →
+                                   (images uint8 `[B, H, W, C]`, labels int32 `[B]`), else an int64
+                                   scalar → (encoded image, string scalar; label, int32 scalar)
+    describe(index)                words for where the example lies
 
 so that any position of any permutation is read without a shuffle buffer.
 """
 
+import bisect
 import dataclasses
+import os
 import re
-import struct
+import textwrap
 
 import numpy as np
+import psutil
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from absl import logging
+from array_record.python.array_record_module import ArrayRecordReader
 
 from tf_largebatch.errors import UserError
+from tf_largebatch.record_index import record_offsets
+
+# Of TensorFlow, which quotes a record that it cannot parse in a message that is then no text.
+READ_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 
 # Splits of images of one shape are decoded once and kept, where they take less than this.
 _IN_MEMORY_BYTES = 2 * 2**30
@@ -58,29 +68,44 @@ class ArraySource:
   def read(self, index):
     return tf.gather(self._images, index), tf.gather(self._labels, index)
 
+  def describe(self, index: int) -> str:
+    return f"example {index}"
+
 
 class SyntheticSource:
   """Images made from their index, for dry runs: noise around a mean that tells the class."""
+
+  # The noise of an image is the sum of two of these, modulo its range: as even as each of them,
+  # and another for each of 61 · 59 successive images.
+  _NOISES = (61, 59)
 
   def __init__(self, num_examples: int, num_classes: int, image_shape: tuple[int, int, int]):
     self.num_examples = num_examples
     self.num_classes = num_classes
     self.image_shape = image_shape
+    with tf.device("cpu"):
+      self._means, *self._noises = (
+        tf.cast(tf.random.stateless_uniform(shape, [0, seed], 0, 128, tf.int32), tf.uint8)
+        for seed, shape in enumerate(
+          [(num_classes, 1, 1, image_shape[-1]), *((n, *image_shape) for n in self._NOISES)]
+        )
+      )
 
   def read(self, index):
-    label = tf.cast(index % self.num_classes, tf.int32)
-    seed = tf.stack([tf.cast(label, tf.int64), tf.constant(-1, tf.int64)])
-    mean = tf.random.stateless_uniform(self.image_shape[-1:], seed, 64.0, 192.0)
-    seed = tf.stack([index, tf.constant(-2, tf.int64)])
-    noise = tf.random.stateless_uniform(self.image_shape, seed, -64.0, 64.0)
-    return tf.cast(mean + noise, tf.uint8), label
+    labels = index % self.num_classes
+    first, second = (
+      tf.gather(noise, index % count)
+      for noise, count in zip(self._noises, self._NOISES, strict=True)
+    )
+    images = tf.gather(self._means, labels) + tf.bitwise.bitwise_and(first + second, 127)
+    return images, tf.cast(labels, tf.int32)
+
+  def describe(self, index: int) -> str:
+    return f"example {index}"
 
 
-class TFRecordSource:
-  """Encoded images in the TFRecord shards that TensorFlow Datasets prepared, read by offset.
-
-  The index takes 12 bytes an example; it is made by reading the records' headers once.
-  """
+class _RecordSource:
+  """Encoded images in the records of a data set's shards."""
 
   image_shape = None
 
@@ -88,32 +113,26 @@ class TFRecordSource:
     """`instructions`: TensorFlow Datasets' `file_instructions` of a split."""
     self.num_classes = num_classes
     self._keys = (image_key, label_key)
-    offsets, shards = [], []
-    for shard, instruction in enumerate(instructions):
-      take = None if instruction.take == -1 else instruction.skip + instruction.take
-      found = _record_offsets(instruction.filename, take)[instruction.skip :]
-      offsets.append(found)
-      shards.append(np.full(len(found), shard, np.int32))
-    with tf.device("cpu"):
-      self._filenames = tf.constant([str(i.filename) for i in instructions])
-      self._offsets = tf.constant(np.concatenate(offsets))
-      self._shards = tf.constant(np.concatenate(shards))
-    self.num_examples = int(self._offsets.shape[0])
+    self._instructions = instructions
+    self._filenames = [os.fspath(i.filename) for i in instructions]
+    # Where the examples of each shard end.
+    self._ends = np.cumsum([i.take for i in instructions])
+    self.num_examples = int(self._ends[-1])
 
-  def read(self, index):
-    filename = tf.gather(self._filenames, tf.gather(self._shards, index))
-    # One record from its offset on: the reader checks its CRC and works on any tf.io.gfile path.
-    signature = {"output_types": [tf.string], "output_shapes": [[]]}
-    records = tf.raw_ops.TFRecordDatasetV2(
-      filenames=tf.reshape(filename, [1]),
-      compression_type="",
-      buffer_size=0,
-      byte_offsets=tf.reshape(tf.gather(self._offsets, index), [1]),
+  def num_bytes(self) -> int:
+    """What the examples take on disk, about."""
+    return sum(
+      tf.io.gfile.stat(name).length * i.take // max(i.examples_in_shard, 1)
+      for name, i in zip(self._filenames, self._instructions, strict=True)
     )
-    first = tf.raw_ops.TakeDataset(
-      input_dataset=records, count=tf.constant(1, tf.int64), **signature
-    )
-    record = tf.raw_ops.DatasetToSingleElement(dataset=first, **signature)[0]
+
+  def _locate(self, index: int) -> tuple[int, int]:
+    """(shard, record in it) of an example."""
+    shard = bisect.bisect_right(self._ends, index)
+    instruction = self._instructions[shard]
+    return shard, int(index - self._ends[shard] + instruction.take + instruction.skip)
+
+  def _parse(self, record):
     image_key, label_key = self._keys
     example = tf.io.parse_single_example(
       record,
@@ -125,20 +144,125 @@ class TFRecordSource:
     return example[image_key], tf.cast(example[label_key], tf.int32)
 
 
-def _record_offsets(filename, stop: int | None) -> np.ndarray:
-  """Byte offset of each record of a TFRecord file, up to `stop` records."""
-  offsets, offset = [], 0
-  size = tf.io.gfile.stat(filename).length
-  # Without a buffer where it can be: one would read on past each header, and so the whole file.
-  remote = "://" in str(filename)
-  with tf.io.gfile.GFile(filename, "rb") if remote else open(filename, "rb", 0) as file:
-    while offset < size and (stop is None or len(offsets) < stop):
-      offsets.append(offset)
-      file.seek(offset)
-      # A record: length (uint64), its CRC (4 bytes), the data, their CRC (4 bytes).
-      (length,) = struct.unpack("<Q", file.read(8))
-      offset += 16 + length
-  return np.array(offsets, np.int64)
+class TFRecordSource(_RecordSource):
+  """Encoded images in TFRecord shards, read by offset; 12 bytes of memory an example."""
+
+  def __init__(
+    self, instructions, image_key: str, label_key: str, num_classes: int, index_dir: str | None
+  ):
+    """`index_dir`: see `record_index.record_offsets`, which says what is raised; else as above."""
+    super().__init__(instructions, image_key, label_key, num_classes)
+    counts = [instruction.examples_in_shard for instruction in instructions]
+    found = record_offsets(self._filenames, counts, index_dir)
+    taken = [offsets[i.skip :][: i.take] for i, offsets in zip(instructions, found, strict=True)]
+    shards = np.repeat(np.arange(len(taken), dtype=np.int32), [len(part) for part in taken])
+    with tf.device("cpu"):
+      self._filename_tensor = tf.constant(self._filenames)
+      self._offsets = tf.constant(np.concatenate(taken))
+      self._shards = tf.constant(shards)
+
+  def read(self, index):
+    filename = tf.gather(self._filename_tensor, tf.gather(self._shards, index))
+    # One record from its offset on: the reader checks its CRCs and works on any tf.io.gfile path.
+    signature = {"output_types": [tf.string], "output_shapes": [[]]}
+    records = tf.raw_ops.TFRecordDatasetV2(
+      filenames=tf.reshape(filename, [1]),
+      compression_type="",
+      buffer_size=0,
+      byte_offsets=tf.reshape(tf.gather(self._offsets, index), [1]),
+    )
+    first = tf.raw_ops.TakeDataset(
+      input_dataset=records, count=tf.constant(1, tf.int64), **signature
+    )
+    return self._parse(tf.raw_ops.DatasetToSingleElement(dataset=first, **signature)[0])
+
+  def describe(self, index: int) -> str:
+    shard, _ = self._locate(index)
+    return f"example {index} (offset {self._offsets[index]} of {self._filenames[shard]})"
+
+
+class ArrayRecordSource(_RecordSource):
+  """Encoded images in ArrayRecord shards, which know where their records are."""
+
+  def __init__(self, instructions, image_key: str, label_key: str, num_classes: int):
+    """As above.
+
+    Raises:
+      UserError: a shard is missing, damaged or has another number of records.
+    """
+    super().__init__(instructions, image_key, label_key, num_classes)
+    self._readers = []
+    for filename, instruction in zip(self._filenames, instructions, strict=True):
+      # Without read-ahead, for the next record will be elsewhere; where the file is missing or cut
+      # off the reader finds no records.
+      reader = ArrayRecordReader(filename, "readahead_buffer_size:0,max_parallelism:0")
+      found = reader.num_records() if os.path.exists(filename) else 0
+      if found != instruction.examples_in_shard:
+        raise UserError(
+          f"{filename} has {found} records, but its data set was prepared with "
+          f"{instruction.examples_in_shard} there; prepare it again."
+        )
+      self._readers.append(reader)
+
+  def read(self, index):
+    def record_of(index):
+      shard, position = self._locate(index)
+      return self._readers[shard].read([position])[0]
+
+    record = tf.numpy_function(record_of, [index], tf.string, stateful=False)
+    return self._parse(tf.ensure_shape(record, []))
+
+  def describe(self, index: int) -> str:
+    shard, position = self._locate(index)
+    return f"example {index} (record {position} of {self._filenames[shard]})"
+
+
+class CachedSource:
+  """The encoded images of another source, held in memory."""
+
+  image_shape = None
+
+  def __init__(self, source: _RecordSource):
+    """
+    Raises:
+      UserError: memory does not hold them all.
+    """
+    self.num_examples, self.num_classes = source.num_examples, source.num_classes
+    self.original, self.describe = source, source.describe
+    _require_memory(source.num_bytes())
+    logging.info("Reading %d examples into memory.", source.num_examples)
+
+    def read(index):
+      # What cannot be read is left to whoever wants it: no image has no bytes.
+      found = tf.data.Dataset.from_tensors(index).map(source.read).ignore_errors()
+      nothing = tf.data.Dataset.from_tensors((tf.constant(b""), tf.constant(-1)))
+      return found.concatenate(nothing).take(1).get_single_element()
+
+    # In the shards' order, which is the fastest there is.
+    dataset = tf.data.Dataset.range(source.num_examples)
+    dataset = dataset.map(read, num_parallel_calls=tf.data.AUTOTUNE)
+    with tf.device("cpu"):
+      batch = dataset.batch(source.num_examples).get_single_element()
+    self._images, self._labels = batch
+
+  def read(self, index):
+    return tf.gather(self._images, index), tf.gather(self._labels, index)
+
+
+def fault(source, index: int) -> str | None:
+  """What is wrong with an example, in one line that says where it lies; None: nothing."""
+  if isinstance(source, CachedSource):
+    source = source.original
+  try:
+    image, label = source.read(tf.constant(index, tf.int64))
+    if image.dtype == tf.string:
+      tf.io.decode_image(image, expand_animations=False)
+    if 0 <= label < source.num_classes:
+      return None
+    reason = f"its label is {int(label)}, but there are {source.num_classes} classes"
+  except READ_ERRORS as error:
+    reason = _first_line(error)
+  return f"{source.describe(index)}: {reason}"
 
 
 _SYNTHETIC_SPLITS = {"train": 1_281_167, "validation": 50_000}
@@ -170,7 +294,15 @@ def defaults(dataset: str, data_dir: str, validation_split: str | None = None) -
   return SourceDefaults(None if None in shape else tuple(shape), validation_split, *statistics)
 
 
-def open_source(dataset: str, split: str, data_dir: str, image_size: int | None = None):
+def open_source(
+  dataset: str,
+  split: str,
+  data_dir: str,
+  image_size: int | None = None,
+  *,
+  index_dir: str | None = None,
+  cache: bool = False,
+):
   """Opens a split of a prepared data set (see `preparation.prepare`) or of 'synthetic'.
 
   Args:
@@ -178,33 +310,82 @@ def open_source(dataset: str, split: str, data_dir: str, image_size: int | None 
     split: a split, or a slice of one such as "train[:5120]".
     data_dir: TensorFlow Datasets' data directory.
     image_size: side of the synthetic images; the others have their own.
+    index_dir: where the places of the records are kept from run to run; None: nowhere.
+    cache: hold the split in memory, whatever its size.
 
   Raises:
-    UserError: the split is missing or empty, or the set is not one of image classification.
+    UserError: the split is missing or empty, the set is not one of image classification, its shards
+      are missing or damaged, or the cache does not fit memory.
   """
   if dataset == "synthetic":
     return _open_synthetic(split, image_size or 224)
-  builder = tfds.builder(dataset, data_dir=data_dir)
-  info = builder.info
+  info = tfds.builder(dataset, data_dir=data_dir).info
   try:
     selected = info.splits[split]
   except (KeyError, ValueError, AssertionError) as error:
     raise _missing_split(dataset, split, info.splits) from error
   if selected.num_examples == 0:
     raise UserError(f"The split {split!r} of {dataset} holds no examples.")
+  shape = info.features[_keys(info)[0]].shape
+  if None in shape:
+    records = _open_records(info, selected, index_dir)
+    return CachedSource(records) if cache else records
+  num_bytes = selected.num_examples * int(np.prod(shape))
+  if num_bytes > _IN_MEMORY_BYTES:
+    if not cache:
+      return _open_records(info, selected, index_dir)
+    _require_memory(3 * num_bytes)  # As they come, in one array, and as a tensor.
+  return _read_all(_open_records(info, selected, index_dir))
+
+
+def _read_all(records: _RecordSource) -> ArraySource:
+  """Decodes images of one shape once and for all."""
+
+  def load(index):
+    image, label = records.read(index)
+    return tf.io.decode_image(image, expand_animations=False), label
+
+  dataset = tf.data.Dataset.range(records.num_examples)
+  dataset = dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).batch(1024)
+  try:
+    batches = list(dataset.as_numpy_iterator())
+  except READ_ERRORS as error:
+    faults = (fault(records, index) for index in range(records.num_examples))
+    found = next(filter(None, faults), _first_line(error))
+    raise UserError(f"The data set is damaged: {found}; prepare it again.") from error
+  images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+  return ArraySource(images, labels, records.num_classes)
+
+
+def _open_records(info, selected, index_dir: str | None) -> _RecordSource:
+  """The records of a split, in whichever format TensorFlow Datasets wrote them."""
   image_key, label_key = _keys(info)
+  arguments = (selected.file_instructions, image_key, label_key)
   num_classes = info.features[label_key].num_classes
-  shape = info.features[image_key].shape
-  if None in shape or selected.num_examples * np.prod(shape) > _IN_MEMORY_BYTES:
-    return TFRecordSource(selected.file_instructions, image_key, label_key, num_classes)
-  # One file after the other: the order of the examples is that of the shards.
-  config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-  batches = builder.as_dataset(split, batch_size=1024, read_config=config)
-  images, labels = [], []
-  for batch in batches.as_numpy_iterator():
-    images.append(batch[image_key])
-    labels.append(batch[label_key])
-  return ArraySource(np.concatenate(images), np.concatenate(labels), num_classes)
+  if info.file_format == tfds.core.FileFormat.TFRECORD:
+    return TFRecordSource(*arguments, num_classes, index_dir)
+  if info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+    return ArrayRecordSource(*arguments, num_classes)
+  raise UserError(
+    f"{info.name} was prepared as {info.file_format.value}; tfrecord or array_record would do."
+  )
+
+
+def _require_memory(num_bytes: int):
+  free = psutil.virtual_memory().available
+  if num_bytes > 0.9 * free:
+    raise UserError(
+      f"The split takes {num_bytes / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are "
+      "free; --nocache would do."
+    )
+
+
+def _first_line(error: Exception) -> str:
+  """What TensorFlow says, without the names of its ops."""
+  if isinstance(error, UnicodeDecodeError):
+    return "its record is no tf.train.Example"
+  text = re.sub(r"\{\{.*?\}\}|\[Op:.*|\[\[.*", "", (str(error) or type(error).__name__))
+  return textwrap.shorten(text, 300, placeholder=" …").rstrip(" .")
 
 
 def _open_synthetic(split: str, image_size: int) -> SyntheticSource:

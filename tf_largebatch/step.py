@@ -126,17 +126,19 @@ def make_evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model) -
   """Builds the evaluation of one element of a distributed `input_pipeline.evaluation_dataset`.
 
   Returns:
-    A function that returns the sums over all replicas of the (weighted) loss, errors and weights.
+    A function that returns the sums over all replicas of the loss and of the errors of the images
+    that count (weight 1), and the numbers of those and of the unreadable ones (weight -1).
   """
 
   def sums(images, labels, weights):
     logits = model(images, training=False)
-    weights = tf.cast(weights, logits.dtype)
+    counts = tf.cast(weights > 0, logits.dtype)
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
     return [
-      tf.reduce_sum(losses * weights),
-      _error_count(labels, logits, weights),
-      tf.reduce_sum(weights),
+      tf.reduce_sum(losses * counts),
+      _error_count(labels, logits, counts),
+      tf.reduce_sum(counts),
+      tf.reduce_sum(tf.cast(weights < 0, logits.dtype)),
     ]
 
   def replica_step(*batch):

@@ -39,6 +39,19 @@ _RUN_FLAGS = (
   flags.DEFINE_string(
     "data_dir", "~/tensorflow_datasets", "Directory of the prepared data sets (TFDS)."
   ),
+  flags.DEFINE_string(
+    "index_dir",
+    "~/.cache/tf_largebatch",
+    "Directory where it is kept from run to run at which offsets the records of a data set lie.",
+  ),
+  flags.DEFINE_boolean("cache", False, "Hold the data set's encoded images in memory."),
+  flags.DEFINE_enum(
+    "bad_examples",
+    "fail",
+    ["fail", "skip"],
+    "What an example that cannot be read does: end the run, or be left out, which the metrics and "
+    "bad_examples.jsonl tell.",
+  ),
   flags.DEFINE_enum(
     "communication",
     "auto",
@@ -100,6 +113,9 @@ def main(argv):
       communication=flags.FLAGS.communication,
       log_every_steps=flags.FLAGS.log_every_steps,
       evaluation_batch_size=flags.FLAGS.evaluation_batch_size,
+      index_dir=os.path.expanduser(flags.FLAGS.index_dir),
+      cache=flags.FLAGS.cache,
+      bad_examples=flags.FLAGS.bad_examples,
       run_flags="".join(f"{flags.FLAGS[flag.name].serialize()}\n" for flag in _RUN_FLAGS),
     )
   except UserError as error:

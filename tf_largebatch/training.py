@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import tensorflow as tf
 from absl import logging
 
 from tf_largebatch import checkpoint, input_pipeline, preparation, resnet, sources, step
+from tf_largebatch.bad_examples import BadExamples
 from tf_largebatch.cluster import Cluster, describe, make_strategy
 from tf_largebatch.errors import UserError
 from tf_largebatch.metrics import MetricsWriter
@@ -39,6 +41,9 @@ def train_and_evaluate(
   communication: str = "auto",
   log_every_steps: int = 10,
   evaluation_batch_size: int = 128,
+  index_dir: str | None = None,
+  cache: bool = False,
+  bad_examples: str = "fail",
   run_flags: str = "",
 ) -> dict:
   """Trains by the recipe, or continues, and leaves the run in its work directory.
@@ -51,6 +56,9 @@ def train_and_evaluate(
     communication: "auto", "nccl" or "ring", see `cluster.make_strategy`.
     log_every_steps: steps between two train records (loss and error are means over them).
     evaluation_batch_size: images a replica evaluates at once.
+    index_dir, cache: see `sources.open_source`.
+    bad_examples: "fail", or "skip": an example that cannot be read is left out, of which the
+      metrics and `bad_examples.jsonl` tell (see `input_pipeline.train_dataset`).
     run_flags: the flags beside the recipe's, for `flags.txt`.
 
   Returns:
@@ -69,7 +77,7 @@ def train_and_evaluate(
   recipe = resolve(recipe, replicas, data_dir)
   result = find_run(work_dir, recipe)
   if cluster.num_tasks > 1:
-    facts = (recipe, evaluation_batch_size, log_every_steps, result is None)
+    facts = (recipe, evaluation_batch_size, log_every_steps, bad_examples, result is None)
     _require_agreement(
       strategy, facts, "the flags, the data or the work_dir differ; it must be one that all see"
     )
@@ -77,9 +85,11 @@ def train_and_evaluate(
     logging.info("The run in %s is complete; nothing is left to do.", work_dir)
     return result
 
-  source = sources.open_source(recipe.dataset, recipe.train_split, data_dir, recipe.image_size)
-  validation = sources.open_source(
-    recipe.dataset, recipe.validation_split, data_dir, recipe.image_size
+  source, validation = (
+    sources.open_source(
+      recipe.dataset, split, data_dir, recipe.image_size, index_dir=index_dir, cache=cache
+    )
+    for split in (recipe.train_split, recipe.validation_split)
   )
   derived = derive(recipe, source.num_examples, replicas)
   environment = {"versions": versions(), "cluster": describe(strategy, cluster, communication)}
@@ -105,9 +115,12 @@ def train_and_evaluate(
   if done:
     logging.info("Continuing from step %d of %d.", done, derived["total_steps"])
 
-  train_batches = iter(distribute_train_dataset(strategy, recipe, source, done))
+  bad = BadExamples(work_dir, cluster.task_index) if bad_examples == "skip" else None
+  train_batches = _train_batches(strategy, cluster, recipe, source, done, bad)
   train_step = step.make_train_step(strategy, model, optimizer, recipe)
-  evaluate = make_evaluation(strategy, evaluated_model, recipe, validation, evaluation_batch_size)
+  evaluate = make_evaluation(
+    strategy, evaluated_model, recipe, validation, evaluation_batch_size, bad
+  )
   steps_per_epoch = derived["steps_per_epoch"]
 
   # Only the chief's metrics last; the other tasks write theirs where nobody looks.
@@ -118,12 +131,22 @@ def train_and_evaluate(
       for epoch in range(done // steps_per_epoch, recipe.epochs):
         last = (epoch + 1) * steps_per_epoch
         seconds += _train_epoch(
-          train_step, train_batches, metrics, recipe, done, last, steps_per_epoch, log_every_steps
+          train_step,
+          train_batches,
+          metrics,
+          recipe,
+          done,
+          last,
+          steps_per_epoch,
+          log_every_steps,
+          bad,
         )
         done = last
         evaluated_model.set_weights(model.get_weights())
         scalars = evaluate()
         _require_finite(scalars["loss"], "validation loss", done, recipe)
+        if bad is not None:
+          scalars["bad_examples"] = bad.write()
         metrics.evaluation(done, epoch + 1, scalars)
         if cluster.is_chief:
           checkpoint.save(checkpoints, done, seconds, model, optimizer)
@@ -243,7 +266,9 @@ def build_optimizer(recipe: Recipe, train_examples: int) -> MomentumCorrectedSGD
   )
 
 
-def distribute_train_dataset(strategy, recipe: Recipe, source, first_step: int):
+def distribute_train_dataset(
+  strategy, recipe: Recipe, source, first_step: int, on_bad_example=None
+):
   """Each replica's own workers' batches, from a step on (see `input_pipeline.train_dataset`)."""
 
   def dataset(context):
@@ -255,13 +280,58 @@ def distribute_train_dataset(strategy, recipe: Recipe, source, first_step: int):
       num_workers=workers_per_task,
       workers_per_replica=recipe.workers // context.num_replicas_in_sync,
       first_step=first_step,
+      on_bad_example=on_bad_example,
     )
 
-  return strategy.distribute_datasets_from_function(dataset)
+  return _on_devices(strategy, dataset)
+
+
+def _on_devices(strategy, dataset):
+  """The replicas' batches, each sent to its device before it is asked for."""
+  distributed = strategy.distribute_datasets_from_function(dataset)
+  if strategy.num_replicas_in_sync == 1 and tf.config.get_visible_devices("GPU"):
+    # What strategies of several replicas do by themselves.
+    distributed = distributed.apply(tf.data.experimental.prefetch_to_device("/gpu:0"))
+  return distributed
+
+
+def _train_batches(strategy, cluster: Cluster, recipe: Recipe, source, first_step: int, bad):
+  """Iterates over the steps' batches, or says which example is to blame that it cannot."""
+  workers = recipe.workers // cluster.num_tasks
+
+  def ids(number):
+    own = range(cluster.task_index * workers, (cluster.task_index + 1) * workers)
+    return (
+      index
+      for worker in own
+      for index in input_pipeline.example_ids(recipe, source.num_examples, number, worker)
+    )
+
+  on_bad = None if bad is None else functools.partial(bad.tell, recipe.train_split, source)
+  batches = iter(distribute_train_dataset(strategy, recipe, source, first_step, on_bad))
+  for number in itertools.count(first_step):
+    yield _next(batches, recipe.train_split, source, ids(number))
+
+
+def _next(batches, split: str, source, ids):
+  """The next batch; where it fails, the first of its examples (`ids`) with a fault is told."""
+  try:
+    return next(batches)
+  except sources.READ_ERRORS as error:
+    found = next(filter(None, (sources.fault(source, int(index)) for index in ids)), None)
+    if found is None:
+      raise UserError(
+        f"Reading {split} failed ({_first_line(error)}), but all of its examples read well now; "
+        "run again to continue."
+      ) from error
+    raise UserError(
+      f"{split} cannot be read: {found}. Prepare the data again, or leave such examples out by "
+      "--bad_examples=skip."
+    ) from error
 
 
 def _train_epoch(
-  train_step, batches, metrics, recipe, done, last, steps_per_epoch, log_every_steps
+  train_step, batches, metrics, recipe, done, last, steps_per_epoch, log_every_steps, bad
 ) -> float:
   """Steps `done` to `last`, recorded every `log_every_steps` and at the end; the seconds taken."""
   began = since = time.perf_counter()
@@ -280,6 +350,8 @@ def _train_epoch(
     now = time.perf_counter()
     scalars["images_per_second"] = len(pending) * recipe.global_batch_size / (now - since)
     scalars["input_wait_share"] = waited / (now - since)
+    if bad is not None:
+      scalars["bad_examples"] = bad.write()
     _require_finite(scalars["loss"], "loss", number, recipe)
     metrics.train(number, number / steps_per_epoch, scalars)
     since, waited, pending = now, 0.0, []
@@ -295,7 +367,9 @@ def _require_finite(loss: float, name: str, step_number: int, recipe: Recipe):
     )
 
 
-def make_evaluation(strategy, model, recipe: Recipe, source, batch_size: int):
+def make_evaluation(
+  strategy, model, recipe: Recipe, source, batch_size: int, bad: BadExamples | None = None
+):
   """A function that evaluates `model` on every example of `source`: {"loss", "error"}."""
   replicas = strategy.num_replicas_in_sync
   steps = input_pipeline.evaluation_steps(source, batch_size, replicas)
@@ -309,17 +383,27 @@ def make_evaluation(strategy, model, recipe: Recipe, source, batch_size: int):
       first_replica=context.input_pipeline_id * local,
       num_replicas=local,
       replicas=replicas,
+      on_bad_example=on_bad,
     )
 
+  def ids(number):
+    """Of all replicas, as which of them are this task's is not known here."""
+    first = number * replicas * batch_size
+    return range(first, min(first + replicas * batch_size, source.num_examples))
+
+  on_bad = None if bad is None else functools.partial(bad.tell, recipe.validation_split, source)
   evaluation_step = step.make_evaluation_step(strategy, model)
-  distributed = strategy.distribute_datasets_from_function(dataset)
+  distributed = _on_devices(strategy, dataset)
 
   def evaluate() -> dict[str, float]:
     batches = iter(distributed)
-    sums = [evaluation_step(next(batches)) for _ in range(steps)]
-    loss, errors, count = (sum(float(values[i]) for values in sums) for i in range(3))
-    if count != source.num_examples:
-      raise AssertionError(f"Evaluated {count:g} examples of {source.num_examples}.")
+    sums = [
+      evaluation_step(_next(batches, recipe.validation_split, source, ids(number)))
+      for number in range(steps)
+    ]
+    loss, errors, count, unreadable = (sum(float(values[i]) for values in sums) for i in range(4))
+    if count + unreadable != source.num_examples:
+      raise AssertionError(f"Evaluated {count + unreadable:g} examples of {source.num_examples}.")
     return {"loss": loss / count, "error": errors / count}
 
   return evaluate

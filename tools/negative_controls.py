@@ -149,16 +149,10 @@ MUTATIONS = (
     (
       (
         "input_pipeline",
-        "source.read(_example_id(recipe, source.num_examples, epoch, position))\n",
-        "source.read(shuffled)\n",
-      ),
-      (
-        "input_pipeline",
-        "    position = step_in_epoch * recipe.global_batch_size + in_step\n",
-        "    position = step_in_epoch * recipe.global_batch_size + in_step\n"
-        "    share, worker = source.num_examples // recipe.workers, in_step // n\n"
-        "    own = step_in_epoch * n + in_step % n\n"
-        "    shuffled = worker * share + _example_id(recipe, share, epoch, own)\n",
+        "    ids = _example_id(recipe, source.num_examples, epoch, tf.range(first, first + n))\n",
+        "    share = source.num_examples // recipe.workers\n"
+        "    own = step_in_epoch * n + tf.range(n, dtype=tf.int64)\n"
+        "    ids = worker * share + _example_id(recipe, share, epoch, own)\n",
       ),
     ),
   ),

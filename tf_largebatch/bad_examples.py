@@ -1,0 +1,63 @@
+"""The examples of a run that could not be read: which, why, and that nobody overlooks them."""
+
+import json
+import os
+import queue
+
+import tensorflow as tf
+from absl import logging
+
+from tf_largebatch import sources
+
+
+class BadExamples:
+  """Examples that others took the place of, listed in the work directory.
+
+  `work_dir/bad_examples.jsonl` has one object a line: {"split", "example", "fault"}; tasks beside
+  the chief list theirs in `bad_examples.1.jsonl` and so on. A run that goes on goes on with these.
+  """
+
+  def __init__(self, work_dir: str, task_index: int):
+    """
+    Args:
+      work_dir: the run's directory, which all tasks see.
+      task_index: of this task.
+    """
+    self._work_dir = work_dir
+    suffix = f".{task_index}" if task_index else ""
+    self._path = os.path.join(work_dir, f"bad_examples{suffix}.jsonl")
+    self._lines = _read(self._path)
+    self._known = {(line["split"], line["example"]) for line in self._lines}
+    self._told = queue.SimpleQueue()
+
+  def tell(self, split: str, source, example: int):
+    """Notes an example for `write`; for the input pipeline's threads."""
+    self._told.put((split, source, example))
+
+  def write(self) -> int:
+    """Lists and logs what was told since; how many examples all tasks have listed."""
+    new = []
+    while not self._told.empty():
+      split, source, example = self._told.get()
+      if (split, example) in self._known:
+        continue
+      self._known.add((split, example))
+      # One that reads well now was out of reach for a moment: a network or disk that failed.
+      fault = sources.fault(source, example) or f"{source.describe(example)}: failed once"
+      logging.warning("Left out of %s: %s", split, fault)
+      new.append({"split": split, "example": example, "fault": fault})
+    if new:
+      self._lines += new
+      with tf.io.gfile.GFile(f"{self._path}.partial", "w") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in self._lines))
+      tf.io.gfile.rename(f"{self._path}.partial", self._path, overwrite=True)
+    paths = tf.io.gfile.glob(os.path.join(self._work_dir, "bad_examples*.jsonl"))
+    listed = (line for path in paths for line in _read(path))
+    return len({(line["split"], line["example"]) for line in listed})
+
+
+def _read(path: str) -> list[dict]:
+  if not tf.io.gfile.exists(path):
+    return []
+  with tf.io.gfile.GFile(path) as file:
+    return [json.loads(line) for line in file.read().splitlines()]
