@@ -10,11 +10,14 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
 
 from tf_largebatch import sources, training
 from tf_largebatch.errors import UserError
 from tf_largebatch.metrics import MetricsWriter, read_metrics
 from tf_largebatch.recipe import Recipe
+from tf_largebatch.record_index import record_offsets
 
 RECIPE = Recipe(
   dataset="synthetic",
@@ -249,3 +252,99 @@ def test_a_cpu_that_must_emulate_bfloat16_is_named(tmp_path, caplog, flags, warn
     training._warn_of_slow_bfloat16(str(tmp_path / "cpuinfo"))
     training._warn_of_slow_bfloat16(str(tmp_path / "nothing"))
   assert len(caplog.records) == warned
+
+
+class TinyPhotographs(tfds.core.GeneratorBasedBuilder):
+  """20 PNGs of several shapes, which stay encoded on disk."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    features = {
+      "image": tfds.features.Image(shape=(None, None, 3)),
+      "label": tfds.features.ClassLabel(num_classes=5),
+    }
+    return self.dataset_info_from_configs(
+      features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+    )
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples(20), "test": self._generate_examples(11)}
+
+  def _generate_examples(self, count):
+    for index in range(count):
+      pixels = np.random.default_rng(index).integers(0, 256, (9 + index, 20, 3))
+      yield index, {"image": pixels.astype(np.uint8), "label": index % 5}
+
+
+@pytest.fixture
+def damaged(tmp_path):
+  """A data directory where a training and a validation example are damaged; their offsets."""
+  builder = TinyPhotographs(data_dir=tmp_path / "data")
+  builder.download_and_prepare()
+  bad = {}
+  for split, example in (("train", 7), ("test", 3)):
+    (path,) = builder.data_path.glob(f"*-{split}.tfrecord*")
+    ((*offsets, _),) = record_offsets([str(path)], [20 if split == "train" else 11], None)
+    with open(path, "r+b") as file:
+      file.seek(offsets[example] + 60)
+      file.write(b"\0" * 8)
+    bad[split] = (example, f"example {example} (offset {offsets[example]} of {path})")
+  return str(tmp_path / "data"), bad
+
+
+def train_on_photographs(data_dir, work_dir, **arguments):
+  recipe = Recipe(
+    dataset="tiny_photographs",
+    image_size=8,
+    augmentation="area_crop",
+    network="resnet20",
+    workers=2,
+    per_worker_batch_size=5,
+    epochs=2,
+    warmup_epochs=1,
+    decay_epochs=(),
+  )
+  return training.train_and_evaluate(
+    recipe, data_dir=data_dir, work_dir=str(work_dir), evaluation_batch_size=4, **arguments
+  )
+
+
+def test_a_bad_example_ends_the_run_or_is_left_out(damaged, tmp_path):
+  data_dir, bad = damaged
+  with pytest.raises(UserError) as error:
+    train_on_photographs(data_dir, tmp_path / "fails", index_dir=str(tmp_path / "index"))
+  message = str(error.value)
+  assert bad["train"][1] in message and "CRC" in message and "\n" not in message
+  assert len(os.listdir(tmp_path / "index")) == 2  # Of train and of test.
+
+  results = []
+  for name, cache in (("skips", False), ("skips_cached", True)):
+    directory = tmp_path / name
+    results.append(train_on_photographs(data_dir, directory, bad_examples="skip", cache=cache))
+    lines = (directory / "bad_examples.jsonl").read_text().splitlines()
+    listed = {line["split"]: (line["example"], line["fault"]) for line in map(json.loads, lines)}
+    assert len(lines) == 2 and listed.keys() == {"train", "test"}
+    for split, (example, place) in bad.items():
+      assert listed[split][0] == example and listed[split][1].startswith(place)
+    evaluations = [r for r in read_metrics(str(directory)) if r["kind"] == "eval"]
+    assert [record["bad_examples"] for record in evaluations] == [2, 2]
+    # Errors are counted among the ten that can be read.
+    assert all(r["error"] * 10 == pytest.approx(round(r["error"] * 10)) for r in evaluations)
+  assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
+
+
+def test_a_validation_example_that_cannot_be_read(damaged, tmp_path):
+  data_dir, bad = damaged
+  source = sources.open_source("tiny_photographs", "test", data_dir)
+  recipe = training.resolve(
+    Recipe(dataset="tiny_photographs", image_size=8, augmentation="area_crop", workers=1),
+    1,
+    data_dir,
+  )
+  evaluate = training.make_evaluation(
+    tf.distribute.get_strategy(), training.build_model(recipe, 5), recipe, source, 4
+  )
+  with pytest.raises(UserError) as error:
+    evaluate()
+  assert bad["test"][1] in str(error.value) and "--bad_examples=skip" in str(error.value)

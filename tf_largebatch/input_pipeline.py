@@ -199,62 +199,76 @@ def _load(recipe: Recipe, source, plans, size: int, groups: int, *, training: bo
   parallel = {"num_parallel_calls": threads, "deterministic": True}
   random_crops = training and recipe.augmentation == "area_crop"
 
-  def load_plan(ids, draws):
-    images, labels = source.read(tf.minimum(ids, source.num_examples - 1))
+  def read(ids, draws):
+    stored = source.read(tf.minimum(ids, source.num_examples - 1))
+    return ids, _crop_tries(draws) if random_crops else draws, stored
+
+  def load_plan(ids, draws, stored):
+    images, labels = stored
     top, left, height, width = _fixed_crop(recipe, source.image_shape)
     images = _resize(recipe, images[:, top : top + height, left : left + width])
     if training and recipe.augmentation == "pad_crop":
       images = _shift_and_flip(recipe, images, draws)
     return ids, images, labels, tf.ones([size], tf.bool)
 
-  def load_image(index, draws):
-    if source.image_shape is None:
-      image, label = source.read(index)
-    else:
-      image, label = (batch[0] for batch in source.read(index[tf.newaxis]))
+  def load_image(stored, draws):
+    image, label = source.parse(stored) if source.image_shape is None else stored
 
     def crop_of(shape):
-      return _random_crop(shape, draws[4:]) if random_crops else _fixed_crop(recipe, shape)
+      return _random_crop(shape, draws[1:]) if random_crops else _fixed_crop(recipe, shape)
 
-    # Otherwise a wrong label would train on nothing, without a word.
-    is_class = tf.debugging.Assert((label >= 0) & (label < source.num_classes), [label])
-    with tf.control_dependencies([is_class]):
-      image = tf.identity(image)
     images = _resize(recipe, _decode_and_crop(recipe, image, crop_of, training)[tf.newaxis])
     if training and recipe.augmentation == "pad_crop":
       images = _shift_and_flip(recipe, images, draws[tf.newaxis])
     image = images[0]
     if random_crops:
-      image = tf.cond(draws[0] < 0.5, lambda: tf.reverse(image, [1]), lambda: image)
+      image = tf.cond(draws[0, 0] < 0.5, lambda: tf.reverse(image, [1]), lambda: image)
     return image, label
 
-  def load_image_or_next(index, draws):
+  def require_class(labels):
+    """Otherwise a wrong label would train on nothing, without a word."""
+    are_classes = tf.reduce_all((labels >= 0) & (labels < source.num_classes))
+    with tf.control_dependencies([tf.debugging.Assert(are_classes, [labels])]):
+      return tf.identity(labels)
+
+  def load(index, draws, stored):
+    return index, *load_image(stored, draws), True
+
+  def to_groups(ids, images, labels, read):
+    return tuple(
+      tf.reshape(x, [groups, size, *x.shape[1:]])
+      for x in (ids, images, require_class(labels), read)
+    )
+
+  def load_or_replace(index, draws, stored):
     def attempt(number):
-      def tell():
-        return tf.numpy_function(report, [(wanted + number - 1) % source.num_examples], tf.bool)
+      def previous():
+        return (tf.minimum(index, source.num_examples - 1) + number - 1) % source.num_examples
 
-      with tf.control_dependencies([tf.cond(number > 0, tell, lambda: True)]):
-        candidate = (wanted + number) % source.num_examples
-      return index, *load_image(candidate, draws), number == 0
+      def replacement():
+        with tf.control_dependencies([tf.numpy_function(tell, [previous()], tf.bool)]):
+          return source.read(((previous() + 1) % source.num_examples)[tf.newaxis])[0]
 
-    def report(bad):
+      image, label = load_image(tf.cond(number > 0, replacement, lambda: stored), draws)
+      return index, image, require_class(label), number == 0
+
+    def tell(bad):
       on_bad_example(int(bad))
       return True
 
-    wanted = tf.minimum(index, source.num_examples - 1)
-    if on_bad_example is None:
-      return index, *load_image(wanted, draws), True
     # A graph has no `try`, but a data set can leave out what fails.
     attempts = tf.data.Dataset.range(_REPLACEMENTS).map(attempt).ignore_errors()
     return attempts.take(1).get_single_element()
 
+  dataset = plans.map(read, **parallel)
   if source.image_shape is not None and not random_crops:
-    dataset = plans.map(load_plan, **parallel).batch(groups)
+    dataset = dataset.map(load_plan, **parallel).batch(groups)
   else:
-    dataset = plans.unbatch().map(load_image_or_next, **parallel).batch(groups * size)
-    dataset = dataset.map(
-      lambda *batch: tuple(tf.reshape(x, [groups, size, *x.shape[1:]]) for x in batch)
-    )
+    # What is held in memory as images cannot be unreadable.
+    fails = on_bad_example is None or source.image_shape is not None
+    one = load if fails else load_or_replace
+    dataset = dataset.unbatch().map(one, **parallel).batch(groups * size)
+    dataset = dataset.map(to_groups)
   options = tf.data.Options()
   options.threading.private_threadpool_size = threads
   # Ops on one image are too small to be shared out among threads.
@@ -279,39 +293,49 @@ def _shift_and_flip(recipe: Recipe, images, draws):
   return tf.gather(tf.gather(images, rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)
 
 
-def _random_crop(shape, draws):
-  """(top, left, height, width) of a crop of 8-100% of the area, aspect 3/4-4/3 (§5.1).
+def _crop_tries(draws):
+  """What a random crop takes of its draws `[B, _DRAWS]` whatever its image: `[B, 1 + tries, 4]`.
 
-  Ten tries at once, of which the first that fits is taken, else the largest centre crop of an
-  allowed aspect; the aspect is uniform in its logarithm, as in torchvision.
+  The first of the four of row 0 is for the flip. The other rows are tries: height and width of an
+  area of 8-100 % and an aspect of 3/4-4/3, uniform in its logarithm (as in torchvision), in units
+  of the square root of the image's area; then where, top and left, in shares of what room there is.
+  """
+  draws = tf.reshape(draws, [-1, 1 + _CROP_TRIES, 4])
+  area = 0.08 + draws[..., 0] * 0.92
+  aspect = tf.exp((2 * draws[..., 1] - 1) * math.log(4 / 3))
+  sizes = tf.sqrt(tf.stack([area / aspect, area * aspect], axis=-1))
+  tries = tf.concat([sizes, draws[..., 2:]], axis=-1)
+  return tf.concat([draws[:, :1], tries[:, 1:]], axis=1)
+
+
+def _random_crop(shape, tries):
+  """(top, left, height, width), int32, of a crop of 8-100% of the area, aspect 3/4-4/3 (§5.1).
+
+  The first try that fits is taken, else the largest centre crop of an allowed aspect.
 
   Args:
-    shape: (H, W, …) of the image.
-    draws: uniform in [0, 1), `[40]`.
+    shape: (H, W, …) of the image, int32.
+    tries: see `_crop_tries`, `[tries, 4]`.
   """
   shape = tf.cast(shape[:2], tf.float32)
-  draws = tf.reshape(draws, [_CROP_TRIES, 4])
-  area = (0.08 + draws[:, 0] * 0.92) * shape[0] * shape[1]
-  aspect = tf.exp((2 * draws[:, 1] - 1) * math.log(4 / 3))
-  sizes = tf.round(tf.sqrt(tf.stack([area / aspect, area * aspect], axis=1)))
+  sizes = tf.maximum(tf.round(tries[:, :2] * tf.sqrt(shape[0] * shape[1])), 1)
   room = shape - sizes
-  fits = tf.reduce_all((sizes >= 1) & (room >= 0), axis=1)
-  offsets = tf.floor(draws[:, 2:] * (room + 1))
-  first = tf.argmax(tf.cast(fits, tf.int32))
-  drawn = tf.concat([offsets[first], sizes[first]], axis=0)
-  largest = tf.minimum(shape, tf.maximum(tf.round(shape[::-1] * 4 / 3), 1))
+  fits = tf.reduce_all(room >= 0, axis=1)
+  offsets = tf.floor(tries[:, 2:] * (room + 1))
+  drawn = tf.concat([offsets, sizes], axis=1)[tf.argmax(fits)]
+  largest = tf.minimum(shape, tf.maximum(tf.round(shape[::-1] * (4 / 3)), 1))
   fallback = tf.concat([(shape - largest) // 2, largest], axis=0)
-  return tf.unstack(tf.cast(tf.where(fits[first], drawn, fallback), tf.int32))
+  return tf.cast(tf.where(tf.reduce_any(fits), drawn, fallback), tf.int32)
 
 
 def _fixed_crop(recipe: Recipe, shape):
   """(top, left, height, width) of the centre crop, or of all where training crops nothing."""
   height, width = shape[0], shape[1]
   if recipe.augmentation != "area_crop":
-    return 0, 0, height, width
+    return [0, 0, height, width]
   side = tf.cast(tf.minimum(height, width), tf.float32) * _CENTER_FRACTION
   side = tf.maximum(tf.cast(tf.round(side), tf.int32), 1)
-  return (height - side) // 2, (width - side) // 2, side, side
+  return [(height - side) // 2, (width - side) // 2, side, side]
 
 
 def _decode_and_crop(recipe: Recipe, image, crop_of, training: bool):
@@ -319,14 +343,14 @@ def _decode_and_crop(recipe: Recipe, image, crop_of, training: bool):
   channels = len(recipe.channel_mean)
 
   def cut(image):
-    top, left, height, width = crop_of(tf.shape(image))
+    top, left, height, width = tf.unstack(crop_of(tf.shape(image)))
     return image[top : top + height, left : left + width]
 
   def decode_jpeg():
     # Decodes the blocks of the crop alone.
     return tf.io.decode_and_crop_jpeg(
       image,
-      tf.stack(crop_of(tf.io.extract_jpeg_shape(image))),
+      crop_of(tf.io.extract_jpeg_shape(image)),
       channels=channels,
       **(TRAIN_DECODING if training else EVALUATION_DECODING),
     )

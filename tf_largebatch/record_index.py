@@ -1,4 +1,4 @@
-"""Where each record of a data set's TFRecord shards begins, found once and kept.
+"""Where each record of a data set's TFRecord shards lies, found once and kept.
 
 A TFRecord file has no table of its records: each says how long it is. Reading those lengths once
 gives random access to any record from then on, for 8 bytes of memory a record.
@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Sequence
 
+import google_crc32c
 import numpy as np
 import tensorflow as tf
 import tqdm
@@ -20,7 +21,8 @@ from tf_largebatch.errors import UserError
 
 # A record: its length (uint64, little-endian), a CRC of these 8 bytes, the data, a CRC of them.
 _HEADER = struct.Struct("<QI")
-_FOOTER_BYTES = 4
+_CRC = struct.Struct("<I")
+_FOOTER_BYTES = _CRC.size
 _THREADS = 16  # Reading headers waits for the disk or the network, not for a core.
 
 
@@ -37,7 +39,7 @@ def record_offsets(
     index_dir: where indices are saved, made if missing; None: nowhere.
 
   Returns:
-    int64 `[records]` a shard.
+    int64 `[records + 1]` a shard: where each record begins, and where the last one ends.
 
   Raises:
     UserError: a shard is missing, cut off, damaged or has another number of records.
@@ -56,9 +58,9 @@ def record_offsets(
     if path is not None:
       _save(path, filenames, sizes, offsets)
   for name, count, found in zip(filenames, counts, offsets, strict=True):
-    if len(found) != count:
+    if len(found) != count + 1:
       raise UserError(
-        f"{name} has {len(found)} records, but its data set was prepared with {count} there; "
+        f"{name} has {len(found) - 1} records, but its data set was prepared with {count} there; "
         "prepare it again."
       )
   return offsets
@@ -113,34 +115,37 @@ def _scan_shard(filename: str, size: int) -> np.ndarray:
       f"{filename} ends within its record {len(offsets)}: it was cut off; prepare the data set "
       "again."
     )
-  return np.array(offsets, np.int64)
+  return np.array([*offsets, offset], np.int64)
+
+
+def record_data(content: bytes) -> bytes:
+  """The data of a record, given all of its bytes.
+
+  Raises:
+    ValueError: they are no whole record.
+  """
+  end = len(content) - _FOOTER_BYTES
+  header, data, footer = content[: _HEADER.size], content[_HEADER.size : end], content[end:]
+  if end < _HEADER.size or _HEADER.unpack(header) != (len(data), _masked(header[:8])):
+    raise ValueError("no record begins or ends there: the file has changed since it was indexed")
+  if footer != _CRC.pack(_masked(data)):
+    raise ValueError("its record is corrupted, for its CRC is wrong")
+  return data
+
+
+def _masked(data: bytes) -> int:
+  """TFRecord's CRC: CRC-32C, rotated and shifted by a constant (TensorFlow's `crc32c.h`)."""
+  crc = google_crc32c.value(data)
+  return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _check_headers(filename: str, offsets: list[int], headers: list[bytes]):
-  fields = np.frombuffer(b"".join(headers), np.uint8).reshape(len(headers), _HEADER.size)
-  stored = np.ascontiguousarray(fields[:, 8:]).view("<u4")[:, 0]
-  wrong = np.flatnonzero(_masked_crc32c(fields[:, :8]) != stored)
-  if wrong.size:
-    raise UserError(
-      f"{filename} is damaged: the length of the record at offset {offsets[wrong[0]]} has a wrong "
-      "CRC; prepare the data set again."
-    )
-
-
-def _masked_crc32c(rows: np.ndarray) -> np.ndarray:
-  """TFRecord's CRC of each row of bytes, uint8 `[N, bytes]` → uint32 `[N]`.
-
-  CRC-32C (Castagnoli, reflected polynomial 0x82F63B78), rotated and shifted by a constant as
-  TensorFlow's `record_writer.h` says.
-  """
-  table = np.arange(256, dtype=np.uint32)
-  for _ in range(8):
-    table = (table >> 1) ^ (np.uint32(0x82F63B78) * (table & 1))
-  crc = np.full(len(rows), 0xFFFFFFFF, np.uint32)
-  for column in rows.T:
-    crc = table[(crc ^ column) & 0xFF] ^ (crc >> 8)
-  crc = ~crc
-  return ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
+  for offset, header in zip(offsets, headers, strict=True):
+    if _HEADER.unpack(header)[1] != _masked(header[:8]):
+      raise UserError(
+        f"{filename} is damaged: the length of the record at offset {offset} has a wrong CRC; "
+        "prepare the data set again."
+      )
 
 
 def _load(path: str, filenames: list[str], sizes: np.ndarray) -> list[np.ndarray] | None:

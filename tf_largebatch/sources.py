@@ -4,10 +4,11 @@ A source is any object with
 
     num_examples, num_classes      ints
     image_shape                    (H, W, C) where all images share it, else None
-    read(index)                    in a tf.data graph: where image_shape is known, int64 `[B]` →
-                                   (images uint8 `[B, H, W, C]`, labels int32 `[B]`), else an int64
-                                   scalar → (encoded image, string scalar; label, int32 scalar)
-    describe(index)                words for where the example lies
+    read(indices)                  int64 `[B]` → in a tf.data graph, where image_shape is known:
+                                   (images uint8 `[B, H, W, C]`, labels int32 `[B]`), else:
+                                   records, string `[B]`, empty where one cannot be read
+    parse(record)                  where image_shape is not known: string scalar → (encoded image,
+                                   string scalar; label, int32 scalar)
 
 so that any position of any permutation is read without a shuffle buffer.
 """
@@ -16,6 +17,7 @@ import bisect
 import dataclasses
 import os
 import re
+import resource
 import textwrap
 
 import numpy as np
@@ -26,10 +28,11 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader
 
 from tf_largebatch.errors import UserError
-from tf_largebatch.record_index import record_offsets
+from tf_largebatch.record_index import record_data, record_offsets
 
-# Of TensorFlow, which quotes a record that it cannot parse in a message that is then no text.
-READ_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
+# What reading and decoding an example may raise. TensorFlow quotes a record that it cannot parse in
+# its message, which is then no text (UnicodeDecodeError, a ValueError).
+FAULTS = (tf.errors.OpError, ValueError, OSError, RuntimeError)
 
 # Splits of images of one shape are decoded once and kept, where they take less than this.
 _IN_MEMORY_BYTES = 2 * 2**30
@@ -65,11 +68,8 @@ class ArraySource:
       self._images = tf.constant(images, tf.uint8)
       self._labels = tf.constant(labels, tf.int32)
 
-  def read(self, index):
-    return tf.gather(self._images, index), tf.gather(self._labels, index)
-
-  def describe(self, index: int) -> str:
-    return f"example {index}"
+  def read(self, indices):
+    return tf.gather(self._images, indices), tf.gather(self._labels, indices)
 
 
 class SyntheticSource:
@@ -91,17 +91,14 @@ class SyntheticSource:
         )
       )
 
-  def read(self, index):
-    labels = index % self.num_classes
+  def read(self, indices):
+    labels = indices % self.num_classes
     first, second = (
-      tf.gather(noise, index % count)
+      tf.gather(noise, indices % count)
       for noise, count in zip(self._noises, self._NOISES, strict=True)
     )
     images = tf.gather(self._means, labels) + tf.bitwise.bitwise_and(first + second, 127)
     return images, tf.cast(labels, tf.int32)
-
-  def describe(self, index: int) -> str:
-    return f"example {index}"
 
 
 class _RecordSource:
@@ -116,8 +113,41 @@ class _RecordSource:
     self._instructions = instructions
     self._filenames = [os.fspath(i.filename) for i in instructions]
     # Where the examples of each shard end.
-    self._ends = np.cumsum([i.take for i in instructions])
-    self.num_examples = int(self._ends[-1])
+    self._ends = np.cumsum([i.take for i in instructions]).tolist()
+    self.num_examples = self._ends[-1]
+
+  def record(self, index: int) -> bytes:
+    """The record of an example.
+
+    Raises:
+      ValueError, OSError, tf.errors.OpError: it is damaged, or out of reach.
+    """
+    raise NotImplementedError
+
+  def read(self, indices):
+    def records_of(indices):
+      records = np.empty(len(indices), object)
+      for place, index in enumerate(indices.tolist()):
+        try:
+          records[place] = self.record(index)
+        except FAULTS:  # Which `fault` will tell whoever wants to use it.
+          records[place] = b""
+      return records
+
+    # All that Python does, for many at once, is to ask the system for bytes and a library for CRCs.
+    records = tf.numpy_function(records_of, [indices], tf.string, stateful=False)
+    return tf.ensure_shape(records, indices.shape)
+
+  def parse(self, record):
+    image_key, label_key = self._keys
+    example = tf.io.parse_single_example(
+      record,
+      {
+        image_key: tf.io.FixedLenFeature([], tf.string),
+        label_key: tf.io.FixedLenFeature([], tf.int64),
+      },
+    )
+    return example[image_key], tf.cast(example[label_key], tf.int32)
 
   def num_bytes(self) -> int:
     """What the examples take on disk, about."""
@@ -130,22 +160,11 @@ class _RecordSource:
     """(shard, record in it) of an example."""
     shard = bisect.bisect_right(self._ends, index)
     instruction = self._instructions[shard]
-    return shard, int(index - self._ends[shard] + instruction.take + instruction.skip)
-
-  def _parse(self, record):
-    image_key, label_key = self._keys
-    example = tf.io.parse_single_example(
-      record,
-      {
-        image_key: tf.io.FixedLenFeature([], tf.string),
-        label_key: tf.io.FixedLenFeature([], tf.int64),
-      },
-    )
-    return example[image_key], tf.cast(example[label_key], tf.int32)
+    return shard, index - self._ends[shard] + instruction.take + instruction.skip
 
 
 class TFRecordSource(_RecordSource):
-  """Encoded images in TFRecord shards, read by offset; 12 bytes of memory an example."""
+  """Encoded images in TFRecord shards, read by offset; 8 bytes of memory an example."""
 
   def __init__(
     self, instructions, image_key: str, label_key: str, num_classes: int, index_dir: str | None
@@ -153,32 +172,28 @@ class TFRecordSource(_RecordSource):
     """`index_dir`: see `record_index.record_offsets`, which says what is raised; else as above."""
     super().__init__(instructions, image_key, label_key, num_classes)
     counts = [instruction.examples_in_shard for instruction in instructions]
-    found = record_offsets(self._filenames, counts, index_dir)
-    taken = [offsets[i.skip :][: i.take] for i, offsets in zip(instructions, found, strict=True)]
-    shards = np.repeat(np.arange(len(taken), dtype=np.int32), [len(part) for part in taken])
-    with tf.device("cpu"):
-      self._filename_tensor = tf.constant(self._filenames)
-      self._offsets = tf.constant(np.concatenate(taken))
-      self._shards = tf.constant(shards)
+    self._offsets = record_offsets(self._filenames, counts, index_dir)
 
-  def read(self, index):
-    filename = tf.gather(self._filename_tensor, tf.gather(self._shards, index))
-    # One record from its offset on: the reader checks its CRCs and works on any tf.io.gfile path.
-    signature = {"output_types": [tf.string], "output_shapes": [[]]}
-    records = tf.raw_ops.TFRecordDatasetV2(
-      filenames=tf.reshape(filename, [1]),
-      compression_type="",
-      buffer_size=0,
-      byte_offsets=tf.reshape(tf.gather(self._offsets, index), [1]),
-    )
-    first = tf.raw_ops.TakeDataset(
-      input_dataset=records, count=tf.constant(1, tf.int64), **signature
-    )
-    return self._parse(tf.raw_ops.DatasetToSingleElement(dataset=first, **signature)[0])
+  def record(self, index: int) -> bytes:
+    shard, position = self._locate(index)
+    begin, end = self._offsets[shard][position : position + 2].tolist()
+    return record_data(self._read_range(shard, begin, end - begin))
+
+  def _read_range(self, shard: int, offset: int, size: int) -> bytes:
+    filename = self._filenames[shard]
+    if "://" in filename:
+      with tf.io.gfile.GFile(filename, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+    # Not kept open: data sets have more shards than a process may have open files.
+    with open(filename, "rb", 0) as file:
+      return os.pread(file.fileno(), size, offset)
 
   def describe(self, index: int) -> str:
-    shard, _ = self._locate(index)
-    return f"example {index} (offset {self._offsets[index]} of {self._filenames[shard]})"
+    """Words for where an example lies."""
+    shard, position = self._locate(index)
+    offset = self._offsets[shard][position]
+    return f"example {index} (offset {offset} of {self._filenames[shard]})"
 
 
 class ArrayRecordSource(_RecordSource):
@@ -191,6 +206,9 @@ class ArrayRecordSource(_RecordSource):
       UserError: a shard is missing, damaged or has another number of records.
     """
     super().__init__(instructions, image_key, label_key, num_classes)
+    # Each reader has a file open, which a process may have no more than 1024 of by default.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     self._readers = []
     for filename, instruction in zip(self._filenames, instructions, strict=True):
       # Without read-ahead, for the next record will be elsewhere; where the file is missing or cut
@@ -204,15 +222,12 @@ class ArrayRecordSource(_RecordSource):
         )
       self._readers.append(reader)
 
-  def read(self, index):
-    def record_of(index):
-      shard, position = self._locate(index)
-      return self._readers[shard].read([position])[0]
-
-    record = tf.numpy_function(record_of, [index], tf.string, stateful=False)
-    return self._parse(tf.ensure_shape(record, []))
+  def record(self, index: int) -> bytes:
+    shard, position = self._locate(index)
+    return self._readers[shard].read([position])[0]
 
   def describe(self, index: int) -> str:
+    """Words for where an example lies."""
     shard, position = self._locate(index)
     return f"example {index} (record {position} of {self._filenames[shard]})"
 
@@ -228,39 +243,30 @@ class CachedSource:
       UserError: memory does not hold them all.
     """
     self.num_examples, self.num_classes = source.num_examples, source.num_classes
-    self.original, self.describe = source, source.describe
+    self.record, self.parse, self.describe = source.record, source.parse, source.describe
     _require_memory(source.num_bytes())
     logging.info("Reading %d examples into memory.", source.num_examples)
-
-    def read(index):
-      # What cannot be read is left to whoever wants it: no image has no bytes.
-      found = tf.data.Dataset.from_tensors(index).map(source.read).ignore_errors()
-      nothing = tf.data.Dataset.from_tensors((tf.constant(b""), tf.constant(-1)))
-      return found.concatenate(nothing).take(1).get_single_element()
-
     # In the shards' order, which is the fastest there is.
-    dataset = tf.data.Dataset.range(source.num_examples)
-    dataset = dataset.map(read, num_parallel_calls=tf.data.AUTOTUNE)
+    dataset = tf.data.Dataset.range(source.num_examples).batch(256)
+    dataset = dataset.map(source.read, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
     with tf.device("cpu"):
-      batch = dataset.batch(source.num_examples).get_single_element()
-    self._images, self._labels = batch
+      self._records = dataset.batch(source.num_examples).get_single_element()
 
-  def read(self, index):
-    return tf.gather(self._images, index), tf.gather(self._labels, index)
+  def read(self, indices):
+    return tf.gather(self._records, indices)
 
 
 def fault(source, index: int) -> str | None:
   """What is wrong with an example, in one line that says where it lies; None: nothing."""
-  if isinstance(source, CachedSource):
-    source = source.original
+  if source.image_shape is not None:
+    return None
   try:
-    image, label = source.read(tf.constant(index, tf.int64))
-    if image.dtype == tf.string:
-      tf.io.decode_image(image, expand_animations=False)
+    image, label = source.parse(source.record(index))
+    tf.io.decode_image(image, expand_animations=False)
     if 0 <= label < source.num_classes:
       return None
     reason = f"its label is {int(label)}, but there are {source.num_classes} classes"
-  except READ_ERRORS as error:
+  except FAULTS as error:
     reason = _first_line(error)
   return f"{source.describe(index)}: {reason}"
 
@@ -341,18 +347,22 @@ def open_source(
 def _read_all(records: _RecordSource) -> ArraySource:
   """Decodes images of one shape once and for all."""
 
-  def load(index):
-    image, label = records.read(index)
+  def load(record):
+    image, label = records.parse(record)
     return tf.io.decode_image(image, expand_animations=False), label
 
-  dataset = tf.data.Dataset.range(records.num_examples)
+  dataset = tf.data.Dataset.range(records.num_examples).batch(256).map(records.read).unbatch()
   dataset = dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).batch(1024)
   try:
     batches = list(dataset.as_numpy_iterator())
-  except READ_ERRORS as error:
+    found = None
+  except FAULTS as error:
+    batches, found = [], _first_line(error)
+  if found or any(np.any((labels < 0) | (labels >= records.num_classes)) for _, labels in batches):
     faults = (fault(records, index) for index in range(records.num_examples))
-    found = next(filter(None, faults), _first_line(error))
-    raise UserError(f"The data set is damaged: {found}; prepare it again.") from error
+    raise UserError(
+      f"The data set is damaged: {next(filter(None, faults), found)}; prepare it again."
+    )
   images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
   return ArraySource(images, labels, records.num_classes)
 

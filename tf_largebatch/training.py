@@ -317,7 +317,7 @@ def _next(batches, split: str, source, ids):
   """The next batch; where it fails, the first of its examples (`ids`) with a fault is told."""
   try:
     return next(batches)
-  except sources.READ_ERRORS as error:
+  except sources.FAULTS as error:
     found = next(filter(None, (sources.fault(source, int(index)) for index in ids)), None)
     if found is None:
       raise UserError(
