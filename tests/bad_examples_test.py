@@ -343,3 +343,16 @@ def test_a_header_is_as_the_tests_take_it(tmp_path):
       file.seek(offset)
       (length,) = struct.unpack("<Q", file.read(8))
     assert length == len(make_record(encode(10 * index), index))
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
+def test_jpegs_are_decoded_as_pillow_decodes_them(tmp_path, subsampling):
+  pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+  content = io.BytesIO()
+  Image.fromarray(pixels).save(content, "JPEG", quality=90, subsampling=subsampling)
+  source = Shards(str(tmp_path), {3: make_record(content.getvalue(), 3)}).open()
+  recipe = dataclasses.replace(RECIPE, image_size=32)
+  batches = train_batches(recipe, source)
+  images = np.concatenate([images.numpy().reshape(-1, 32, 32, 3) for images, _ in batches])
+  labels = np.concatenate([labels.numpy().ravel() for _, labels in batches])
+  np.testing.assert_array_equal(images[labels == 3][0], Image.open(content))

@@ -25,9 +25,9 @@ _CENTER_FRACTION = 224 / 256  # Shorter side 256, centre crop 224 (§5.1).
 _DRAWS = 4 * _CROP_TRIES + 4
 # How many successive examples are tried in place of one that cannot be read.
 _REPLACEMENTS = 8
-# How JPEGs are decoded: training images by libjpeg's fast integer DCT, validation by its exact one.
-TRAIN_DECODING = {"dct_method": "INTEGER_FAST", "fancy_upscaling": True}
-EVALUATION_DECODING = {"dct_method": "INTEGER_ACCURATE", "fancy_upscaling": True}
+# Pixel for pixel as Pillow decodes. libjpeg's fast DCT, TensorFlow's default, is off by a grey
+# level and gains nothing, as Huffman decoding takes most of the time.
+JPEG_DECODING = {"dct_method": "INTEGER_ACCURATE", "fancy_upscaling": True}
 # A step of a device that carries many workers takes gigabytes: few are held.
 _PREFETCHED = 2
 
@@ -217,7 +217,7 @@ def _load(recipe: Recipe, source, plans, size: int, groups: int, *, training: bo
     def crop_of(shape):
       return _random_crop(shape, draws[1:]) if random_crops else _fixed_crop(recipe, shape)
 
-    images = _resize(recipe, _decode_and_crop(recipe, image, crop_of, training)[tf.newaxis])
+    images = _resize(recipe, _decode_and_crop(recipe, image, crop_of)[tf.newaxis])
     if training and recipe.augmentation == "pad_crop":
       images = _shift_and_flip(recipe, images, draws[tf.newaxis])
     image = images[0]
@@ -338,7 +338,7 @@ def _fixed_crop(recipe: Recipe, shape):
   return [(height - side) // 2, (width - side) // 2, side, side]
 
 
-def _decode_and_crop(recipe: Recipe, image, crop_of, training: bool):
+def _decode_and_crop(recipe: Recipe, image, crop_of):
   """Part of an image, encoded or not; `crop_of`: shape → (top, left, height, width)."""
   channels = len(recipe.channel_mean)
 
@@ -352,7 +352,7 @@ def _decode_and_crop(recipe: Recipe, image, crop_of, training: bool):
       image,
       crop_of(tf.io.extract_jpeg_shape(image)),
       channels=channels,
-      **(TRAIN_DECODING if training else EVALUATION_DECODING),
+      **JPEG_DECODING,
     )
 
   def decode_other():

@@ -456,7 +456,7 @@ def write_files(task: Task, examples: int) -> dict:
     "split": split,
     "shards": [(os.fspath(shard.filename), shard.skip, shard.take) for shard in shards],
     "keys": info.supervised_keys,
-    "decoder": input_pipeline.TRAIN_DECODING,
+    "decoder": input_pipeline.JPEG_DECODING,
   }
   task = dataclasses.replace(task, **found)
   dataset = _shards(task).flat_map(_open_shard).map(functools.partial(_parse, task))
