@@ -254,7 +254,7 @@ def test_a_cpu_that_must_emulate_bfloat16_is_named(tmp_path, caplog, flags, warn
   assert len(caplog.records) == warned
 
 
-class TinyPhotographs(tfds.core.GeneratorBasedBuilder):
+class FewPhotographs(tfds.core.GeneratorBasedBuilder):
   """20 PNGs of several shapes, which stay encoded on disk."""
 
   VERSION = tfds.core.Version("1.0.0")
@@ -280,7 +280,7 @@ class TinyPhotographs(tfds.core.GeneratorBasedBuilder):
 @pytest.fixture
 def damaged(tmp_path):
   """A data directory where a training and a validation example are damaged; their offsets."""
-  builder = TinyPhotographs(data_dir=tmp_path / "data")
+  builder = FewPhotographs(data_dir=tmp_path / "data")
   builder.download_and_prepare()
   bad = {}
   for split, example in (("train", 7), ("test", 3)):
@@ -295,7 +295,7 @@ def damaged(tmp_path):
 
 def train_on_photographs(data_dir, work_dir, **arguments):
   recipe = Recipe(
-    dataset="tiny_photographs",
+    dataset="few_photographs",
     image_size=8,
     augmentation="area_crop",
     network="resnet20",
@@ -336,9 +336,9 @@ def test_a_bad_example_ends_the_run_or_is_left_out(damaged, tmp_path):
 
 def test_a_validation_example_that_cannot_be_read(damaged, tmp_path):
   data_dir, bad = damaged
-  source = sources.open_source("tiny_photographs", "test", data_dir)
+  source = sources.open_source("few_photographs", "test", data_dir)
   recipe = training.resolve(
-    Recipe(dataset="tiny_photographs", image_size=8, augmentation="area_crop", workers=1),
+    Recipe(dataset="few_photographs", image_size=8, augmentation="area_crop", workers=1),
     1,
     data_dir,
   )
