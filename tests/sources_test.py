@@ -91,6 +91,50 @@ def test_a_slice_is_a_run_of_the_whole(data_dir, dataset):
     assert label == expected_label
 
 
+@pytest.fixture
+def array_records(tmp_path):
+  builder = TinyVaried(data_dir=tmp_path, file_format="array_record")
+  builder.download_and_prepare()
+  (path,) = builder.data_path.glob("*.array_record*")
+  return str(tmp_path), path
+
+
+def test_array_records(array_records):
+  data_dir, path = array_records
+  source = sources.open_source("tiny_varied", "train[3:9]", data_dir)
+  assert isinstance(source, sources.ArrayRecordSource)
+  whole = read_all(sources.open_source("tiny_varied", "train", data_dir))
+  values = [int(image[0, 0, 0]) for image, _ in whole]
+  assert sorted(values) == list(range(20))
+  for value, (image, label) in zip(values, whole, strict=True):
+    np.testing.assert_array_equal(image, image_of(value, (5 + value, 5 + value, 3)))
+    assert label == value % 7
+  for (image, label), (expected, expected_label) in zip(read_all(source), whole[3:9], strict=True):
+    np.testing.assert_array_equal(image, expected)
+    assert label == expected_label
+  assert source.describe(2) == f"example 2 (record 5 of {path})"
+  assert sources.fault(source, 2) is None
+
+
+def test_damaged_array_records(array_records):
+  data_dir, path = array_records
+  content = path.read_bytes()
+  source = sources.open_source("tiny_varied", "train", data_dir)
+  record = source.record(7)
+  place = content.index(record[10:])
+  path.write_bytes(content[:place] + b"\0\0\0\0" + content[place + 4 :])
+  source = sources.open_source("tiny_varied", "train", data_dir)
+  text = sources.fault(source, 7)
+  assert text.startswith(f"example 7 (record 7 of {path}): ") and "hash mismatch" in text
+  assert [i for i in range(20) if sources.fault(source, i)] == [7]
+  path.write_bytes(content[: len(content) // 2])
+  with pytest.raises(UserError, match=f"{path} has 0 records, .* with 20 there"):
+    sources.open_source("tiny_varied", "train", data_dir)
+  path.unlink()
+  with pytest.raises(UserError, match=f"{path} has 0 records"):
+    sources.open_source("tiny_varied", "train", data_dir)
+
+
 def test_slices_across_shards(tmp_path):
   """Skip and take of each file, as TensorFlow Datasets tells them."""
   instructions, expected = [], []
