@@ -70,6 +70,12 @@ def read_cluster(environ: Mapping[str, str] = os.environ) -> Cluster:
     raise _error(f"not JSON ({error})", text, "a JSON object, or unset it for one task") from error
   if not isinstance(config, dict):
     raise _error("not a JSON object", config, 'an object with the keys "cluster" and "task"')
+  if "sparseCluster" in config:
+    raise _error(
+      'a "sparseCluster", whose tasks come and go',
+      config["sparseCluster"],
+      'a fixed "cluster" (a TFJob without enableDynamicWorker)',
+    )
   for key in ("cluster", "task"):
     if not isinstance(config.get(key), dict):
       raise _error(f'"{key}" is missing or not an object', config, f'a "{key}" object')
