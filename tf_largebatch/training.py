@@ -165,8 +165,8 @@ def train_and_evaluate(
     if cluster.num_tasks > 1:
       facts = (restored, source.num_examples, validation.num_examples)
       _require_agreement(strategy, facts, f"this one restored step {done} from {work_dir}")
-    if restored:
-      logging.info("Continuing from step %d of %d.", done, derived["total_steps"])
+    begins = "Continuing from" if restored else "Beginning at"
+    logging.info("%s step %d of %d.", begins, done, derived["total_steps"])
 
     bad = BadExamples(work_dir, cluster.task_index) if bad_examples == "skip" else None
     run = _Run(
