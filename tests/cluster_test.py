@@ -2,16 +2,22 @@
 
 import json
 import os
+import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 from tf_largebatch import cluster as cluster_lib
 from tf_largebatch.cluster import Cluster, make_strategy, read_cluster
-from tf_largebatch.errors import UserError
+from tf_largebatch.errors import InterruptedRunError, UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def _config(cluster, task_type="worker", index=0):
@@ -172,7 +178,65 @@ def test_a_port_is_free_as_soon_as_the_last_run_ended():
     with socket.create_connection(address) as client:
       listener.accept()[0].close()  # The side that closes first is left in TIME_WAIT.
       client.recv(1)
-  cluster_lib._check_port_is_free(f"127.0.0.1:{address[1]}")
+  with cluster_lib._listening(f"127.0.0.1:{address[1]}"):
+    pass
+
+
+def _free_addresses(count):
+  sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+  addresses = tuple(f"127.0.0.1:{one.getsockname()[1]}" for one in sockets)
+  for one in sockets:
+    one.close()
+  return addresses
+
+
+def test_all_tasks_are_waited_for():
+  addresses = _free_addresses(3)
+  done = []
+
+  def wait(index):
+    cluster_lib._wait_for_all(cluster_lib.Cluster(addresses, index), 1.0)
+    done.append(index)
+    with cluster_lib._listening(addresses[index]):  # As TensorFlow's server, from now on.
+      ended.wait(30)
+
+  ended = threading.Event()
+  threads = [threading.Thread(target=wait, args=(index,)) for index in range(3)]
+  try:
+    for thread in threads[:2]:
+      thread.start()
+    time.sleep(0.5)
+    assert done == []
+    threads[2].start()
+    deadline = time.monotonic() + 20
+    while len(done) < 3 and time.monotonic() < deadline:
+      time.sleep(0.01)
+    assert sorted(done) == [0, 1, 2]
+  finally:
+    ended.set()
+    for thread in threads:
+      thread.join()
+
+
+def test_those_that_did_not_come_up_are_named():
+  addresses = _free_addresses(3)
+  with cluster_lib._listening(addresses[1]), pytest.raises(InterruptedRunError) as error:
+    cluster_lib._wait_for_all(cluster_lib.Cluster(addresses, 0), 0.001)
+  assert str(error.value).startswith(f"task 2 ({addresses[2]}) did not come up within 0.001 min")
+  assert error.value.status == 138
+
+
+def test_the_alarm_ends_a_process_that_holds_the_interpreters_lock():
+  program = """
+from tf_largebatch.cluster import _ended_by_alarm
+with _ended_by_alarm(60):
+  pass
+with _ended_by_alarm(0.5):
+  sum(range(10**12))
+"""
+  command = [sys.executable, "-c", program]
+  finished = subprocess.run(command, cwd=ROOT, timeout=30, check=False)
+  assert finished.returncode == -signal.SIGALRM
 
 
 def _see_gpus(monkeypatch, physical, logical):

@@ -76,3 +76,27 @@ def test_tasks_with_different_recipes_do_not_train_together(tmp_path):
     assert task.returncode == 1, error
     assert "error: The tasks do not agree: " in error and "Traceback" not in error
   assert not (tmp_path / "run").exists()
+
+
+def test_a_task_whose_peer_never_comes_up_gives_up(tmp_path):
+  with socket.socket() as one, socket.socket() as other:
+    for each in (one, other):
+      each.bind(("127.0.0.1", 0))
+    addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in (one, other)]
+  config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
+  finished = subprocess.run(
+    [
+      *(sys.executable, "-m", "tf_largebatch.train", *FLAGS),
+      "--cluster_timeout_minutes=0.1",
+      f"--work_dir={tmp_path / 'run'}",
+    ],
+    cwd=ROOT,
+    env={**os.environ, "TF_CONFIG": json.dumps(config)},
+    stderr=subprocess.PIPE,
+    text=True,
+    timeout=60,
+    check=False,
+  )
+  assert finished.returncode == 138
+  last = finished.stderr.splitlines()[-1]
+  assert last.startswith(f"error: task 1 ({addresses[1]}) did not come up within 0.1 minutes")

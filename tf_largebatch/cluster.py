@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -107,13 +108,14 @@ def read_cluster(environ: Mapping[str, str] = os.environ) -> Cluster:
   return Cluster(tasks, index + (len(jobs.get("chief", [])) if job == "worker" else 0))
 
 
-def make_strategy(cluster: Cluster, communication: str = "auto") -> "tf.distribute.Strategy":
+def make_strategy(
+  cluster: Cluster, communication: str = "auto", timeout_minutes: float = 10.0
+) -> "tf.distribute.Strategy":
   """Returns the strategy under which this task trains with all its visible devices.
 
   One device of one task: the default strategy. Several GPUs, or several logical
   CPUs and no GPU: `MirroredStrategy`. Several tasks: `MultiWorkerMirroredStrategy`,
-  which waits for them all (TensorFlow gives up after an hour; until then only
-  SIGKILL ends the task), uses one CPU a task whatever its logical CPUs, and must be
+  which waits for them all, uses one CPU a task whatever its logical CPUs, and must be
   made in the main thread before any TensorFlow operation runs. Every task must see
   as many GPUs as the others; name `communication` to have a task that lost its GPU
   refused rather than left to wait. TensorFloat-32 is switched off.
@@ -122,10 +124,12 @@ def make_strategy(cluster: Cluster, communication: str = "auto") -> "tf.distribu
     cluster: what `read_cluster` returned.
     communication: "nccl", "ring" or "auto": NCCL if every replica is a GPU of its
       own, else RING.
+    timeout_minutes: how long the tasks may take to come up.
 
   Raises:
     UserError: `communication` is unknown or cannot work with these devices, or
       this task's port is taken.
+    InterruptedRunError: not all tasks came up in time.
   """
   import tensorflow as tf
 
@@ -141,7 +145,6 @@ def make_strategy(cluster: Cluster, communication: str = "auto") -> "tf.distribu
     return tf.distribute.MirroredStrategy(devices)
 
   address = cluster.tasks[cluster.task_index]
-  _check_port_is_free(address)
   others = [task for task in cluster.tasks if task != address]
   logging.info(
     "Task %d of %d (%s) waits for %s.",
@@ -150,6 +153,7 @@ def make_strategy(cluster: Cluster, communication: str = "auto") -> "tf.distribu
     address,
     ", ".join(others),
   )
+  _wait_for_all(cluster, timeout_minutes)
   # From the cluster that was checked, in which the chief is just the first "worker".
   resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
     tf.train.ClusterSpec({"worker": list(cluster.tasks)}),
@@ -163,9 +167,55 @@ def make_strategy(cluster: Cluster, communication: str = "auto") -> "tf.distribu
   # TensorFlow's coordination service takes SIGTERM over and only logs it. Give it back
   # to whoever had it, so that `kill`, Slurm or a launcher can end the task.
   on_sigterm = signal.getsignal(signal.SIGTERM)
-  strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
+  with _ended_by_alarm(60 * timeout_minutes):
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
   signal.signal(signal.SIGTERM, on_sigterm)
   return strategy
+
+
+def _wait_for_all(cluster: Cluster, timeout_minutes: float) -> None:
+  """Returns when every task listens, on its own address, here or in TensorFlow already.
+
+  TensorFlow waits too, but for an hour, holding the interpreter's lock, so that neither
+  a signal nor a time limit reaches the process.
+
+  Raises:
+    UserError: this task's port is in use on this machine.
+    InterruptedRunError: some did not come up in time.
+  """
+  address = cluster.tasks[cluster.task_index]
+  missing = set(cluster.tasks) - {address}
+  deadline = time.monotonic() + 60 * timeout_minutes
+  with _listening(address):
+    while missing:
+      for task in sorted(missing):
+        host, _, port = task.rpartition(":")
+        with (
+          contextlib.suppress(OSError),
+          socket.create_connection((host.strip("[]"), int(port)), timeout=2),
+        ):
+          missing.remove(task)
+      if missing and time.monotonic() > deadline:
+        names = ", ".join(f"task {cluster.tasks.index(t)} ({t})" for t in sorted(missing))
+        raise InterruptedRunError(
+          f"{names} did not come up within {timeout_minutes:g} minutes; start all tasks again, or"
+          " give them more time (--cluster_timeout_minutes).",
+          LOST_TASK,
+        )
+      if missing:
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _ended_by_alarm(seconds: float):
+  """Has the kernel end the process (SIGALRM) if a task is lost just now: nothing else could."""
+  before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+  signal.setitimer(signal.ITIMER_REAL, seconds)
+  try:
+    yield
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @contextlib.contextmanager
@@ -268,21 +318,26 @@ def _choose_communication(cluster: Cluster, communication: str) -> str:
   return communication
 
 
-def _check_port_is_free(address: str) -> None:
-  """Raises UserError if this task's port is in use on this machine.
+@contextlib.contextmanager
+def _listening(address: str):
+  """Listens on this task's port, all interfaces, as TensorFlow will.
 
-  TensorFlow, which listens on all interfaces, would end with no word of the port.
-  SO_REUSEADDR (and not SO_REUSEPORT, which shares a port silently) lets a run that
-  starts again use the port at once, with the old connections still in TIME_WAIT.
+  TensorFlow would end with no word of the port if it were in use. SO_REUSEADDR (and
+  not SO_REUSEPORT, which shares a port silently) lets a run that starts again use the
+  port at once, with the old connections still in TIME_WAIT.
+
+  Raises:
+    UserError: the port is in use on this machine.
   """
   port = int(address.rpartition(":")[2])
   with socket.socket() as listener:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
       listener.bind(("", port))
-      listener.listen()
+      listener.listen(1024)
     except OSError as error:
       raise UserError(
         f"cannot listen on this task's address {address} ({error.strerror}): end the process that"
         " uses the port or give the task another one in TF_CONFIG"
       ) from error
+    yield

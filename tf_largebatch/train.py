@@ -59,6 +59,12 @@ _RUN_FLAGS = (
     ["auto", "nccl", "ring"],
     "Collectives between replicas; auto: NCCL where every replica is a GPU, else RING.",
   ),
+  flags.DEFINE_float(
+    "cluster_timeout_minutes",
+    10.0,
+    "How long the tasks may take to come up; then those that did end with status 138.",
+    lower_bound=0.1,
+  ),
   flags.DEFINE_integer(
     "log_every_steps",
     10,
@@ -139,6 +145,7 @@ def _train(argv, stop: StopRequest) -> int:
     work_dir=work_dir,
     cluster=cluster,
     communication=flags.FLAGS.communication,
+    cluster_timeout_minutes=flags.FLAGS.cluster_timeout_minutes,
     log_every_steps=flags.FLAGS.log_every_steps,
     evaluation_batch_size=flags.FLAGS.evaluation_batch_size,
     checkpoint_every_steps=flags.FLAGS.checkpoint_every_steps,

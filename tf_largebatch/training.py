@@ -70,6 +70,7 @@ def train_and_evaluate(
   work_dir: str,
   cluster: Cluster | None = None,
   communication: str = "auto",
+  cluster_timeout_minutes: float = 10.0,
   log_every_steps: int = 10,
   evaluation_batch_size: int = 128,
   checkpoint_every_steps: int = 0,
@@ -90,6 +91,7 @@ def train_and_evaluate(
     work_dir: where the run leaves everything; the same for all tasks.
     cluster: the tasks, which decide where the workers run, not what they compute; None: one task.
     communication: "auto", "nccl" or "ring", see `cluster.make_strategy`.
+    cluster_timeout_minutes: how long the tasks may take to come up.
     log_every_steps: steps between two train records (loss and error are means over them).
     evaluation_batch_size: images a replica evaluates at once.
     checkpoint_every_steps, checkpoint_every_minutes: between two checkpoints within an epoch; 0:
@@ -118,7 +120,7 @@ def train_and_evaluate(
   with contextlib.ExitStack() as held:
     held.enter_context(telling_lost_tasks(cluster, lambda: run and run.done))
     # First of all: TensorFlow takes no cluster after its first operation.
-    strategy = make_strategy(cluster, communication)
+    strategy = make_strategy(cluster, communication, cluster_timeout_minutes)
     if recipe.dataset != "synthetic":
       preparation.prepare(recipe.dataset, data_dir)
     replicas = strategy.num_replicas_in_sync

@@ -49,6 +49,7 @@ _TINY = (
   "--decay_epochs=2",
   "--evaluation_batch_size=20",
   "--checkpoint_every_steps=7",
+  "--cluster_timeout_minutes=0.5",  # For a task that is stopped before it has come up.
 )
 _KINDS = ("kill", "stop", "terminate", "corrupt", "launcher")
 _PAUSE_SECONDS = 5.0  # Of a single task, whose silence nobody notices, until it is let go on.
