@@ -1,0 +1,36 @@
+"""The tool measures what it says, on a small network."""
+
+import json
+import subprocess
+import sys
+
+from tests.launching import ROOT
+
+
+def run_tool(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "tools.benchmark_checkpoint", *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+
+
+def test_figures():
+  small = ("--network=resnet20", "--image_size=8", "--per_worker_batch_size=4", "--turns=2")
+  finished = run_tool(*small)
+  assert finished.returncode == 0, finished.stderr
+  found = json.loads(finished.stdout)
+  assert 0 < found["copy_seconds"] < found["until_saved_seconds"]
+  stall = found["copy_seconds"] + found["step_beside_the_writing_seconds"] - found["step_seconds"]
+  assert abs(found["stall_seconds"] - stall) < 1e-12
+  # Four bytes a value, save for a few counters of eight, and the archive's own.
+  assert 4 * found["values"] < found["bytes"] < 4 * found["values"] + 100_000
+
+
+def test_refused_in_one_line():
+  finished = run_tool("--per_worker_batch_size=0")
+  assert finished.returncode == 1
+  assert finished.stderr.startswith("error: per_worker_batch_size=0")
