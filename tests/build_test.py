@@ -14,6 +14,7 @@ _ROOT = pathlib.Path(__file__).parent.parent
 # Imports go down only: every module may import those of lower floors.
 _FLOORS = (
   {"errors", "recipe"},
+  {"files", "preemption"},
   {
     "cluster",
     "input_pipeline",

@@ -40,6 +40,12 @@ _TWO = {"worker": ["a:1", "b:2"]}
     (_config({"evaluator": ["c:3"], **_TWO}), '"evaluator": ["c:3"]'),
     (_config({"master": ["c:3"], **_TWO}), '"master": ["c:3"]'),
     (_config({"chief": ["c:3", "d:4"], **_TWO}), '["c:3", "d:4"]'),
+    # Kubeflow's TFJob with enableDynamicWorker, the text as its operator writes it.
+    (
+      '{"sparseCluster":{"worker":{"0":"run-worker-0.team.svc:2222"},"ps":null},'
+      '"task":{"type":"worker","index":0}}',
+      'given {"worker": {"0": "run-worker-0.team.svc:2222"}, "ps": null}, expected a fixed',
+    ),
     (_config(_TWO, "evaluator"), '"evaluator"'),
     (_config(_TWO, "ps"), '"ps"'),
     (_config(_TWO, "chief"), '"chief"'),
@@ -97,6 +103,42 @@ def test_reads_a_good_tf_config(environ, tasks, task_index):
   assert cluster == Cluster(tasks, task_index)
   assert cluster.num_tasks == max(1, len(tasks))
   assert cluster.is_chief == (task_index == 0)
+
+
+@pytest.mark.parametrize(
+  "text, tasks, task_index",
+  [
+    (
+      '{"cluster":{"worker":["run-worker-0.team.svc:2222","run-worker-1.team.svc:2222"]},'
+      '"task":{"type":"worker","index":1},"environment":"cloud"}',
+      ("run-worker-0.team.svc:2222", "run-worker-1.team.svc:2222"),
+      1,
+    ),
+    # The operator's CUSTOM_CLUSTER_DOMAIN, a port of the user's.
+    (
+      '{"cluster":{"chief":["run-chief-0.team.svc.cluster.local:4000"],'
+      '"worker":["run-worker-0.team.svc.cluster.local:2222"]},'
+      '"task":{"type":"worker","index":0},"environment":"cloud"}',
+      ("run-chief-0.team.svc.cluster.local:4000", "run-worker-0.team.svc.cluster.local:2222"),
+      1,
+    ),
+    (
+      '{"cluster":{"chief":["run-chief-0.team.svc:2222"],"worker":["run-worker-0.team.svc:2222"]},'
+      '"task":{"type":"chief","index":0},"environment":"cloud"}',
+      ("run-chief-0.team.svc:2222", "run-worker-0.team.svc:2222"),
+      0,
+    ),
+    # Its text for a single replica; versions of today set none then.
+    (
+      '{"cluster":{"worker":["run-worker-0.team.svc:2222"]},'
+      '"task":{"type":"worker","index":0},"environment":"cloud"}',
+      ("run-worker-0.team.svc:2222",),
+      0,
+    ),
+  ],
+)
+def test_reads_what_kubeflows_operator_writes(text, tasks, task_index):
+  assert read_cluster({"TF_CONFIG": text}) == Cluster(tasks, task_index)
 
 
 def test_reading_does_not_import_tensorflow():

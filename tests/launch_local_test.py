@@ -18,7 +18,7 @@ _ROOT = pathlib.Path(__file__).parent.parent
 
 
 @contextlib.contextmanager
-def _launch(tmp_path, program, *arguments, tasks=2, **environ):
+def _launch(tmp_path, program, *arguments, tasks=2, launcher_flags=(), **environ):
   """Yields a launcher of `program`, which knows its `rank`."""
   (tmp_path / "tiny.py").write_text(
     "import json, os, signal, subprocess, sys, time\n"
@@ -28,7 +28,7 @@ def _launch(tmp_path, program, *arguments, tasks=2, **environ):
   command = [sys.executable, "-m", "tools.launch_local", f"--tasks={tasks}", "--module=tiny"]
   inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
   launcher = subprocess.Popen(
-    [*command, "--", *arguments],
+    [*command, *launcher_flags, "--", *arguments],
     cwd=_ROOT,
     env={**inherited, "PYTHONPATH": path, **environ},
     stdin=subprocess.PIPE,  # Left open: a task that read it would wait.
@@ -150,7 +150,7 @@ if rank == 0:
   sys.exit(5)
 time.sleep(60)
 """
-  with _launch(tmp_path, program) as launcher:
+  with _launch(tmp_path, program, launcher_flags=["--grace_seconds=2"]) as launcher:
     pids = _read_pids(launcher, 4)
     launcher.wait(timeout=30)
   assert launcher.returncode == 5
@@ -172,6 +172,60 @@ time.sleep(60)
     launcher.wait(timeout=30)
     assert time.monotonic() - start < 4
   assert launcher.returncode == status
+  _wait_until_gone(pids, seconds=0)
+
+
+_FAILS_TWICE = """
+starts = pathlib.Path(sys.argv[1]) / f"starts{rank}"
+count = len(starts.read_text()) if starts.exists() else 0
+starts.write_text("x" * (count + 1))
+if rank == 1 and count < 2:
+  os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60 if count < 2 else 0)
+"""
+
+
+@pytest.mark.parametrize("restarts, status, starts", [(2, 0, 3), (1, 137, 2), (0, 137, 1)])
+def test_all_tasks_start_again_after_one_failed(tmp_path, restarts, status, starts):
+  flags = [f"--max_restarts={restarts}"]
+  program = "import pathlib" + _FAILS_TWICE
+  with _launch(tmp_path, program, str(tmp_path), launcher_flags=flags) as launcher:
+    begun = time.monotonic()
+    _, stderr = launcher.communicate(timeout=30)
+    assert time.monotonic() - begun > sum(2**i for i in range(starts - 1))  # It backs off.
+  assert launcher.returncode == status
+  assert (tmp_path / "starts1").read_text() == "x" * starts
+  assert stderr.count("ended with signal 9") == min(2, restarts + 1)
+  assert stderr.count("Restart ") == starts - 1
+
+
+@pytest.mark.parametrize("status", [1, 2])
+def test_what_the_user_must_mend_is_not_started_again(tmp_path, status):
+  program = f"print(os.getpid())\nsys.exit({status})"
+  with _launch(tmp_path, program, tasks=1, launcher_flags=["--max_restarts=3"]) as launcher:
+    stdout, stderr = launcher.communicate(timeout=30)
+  assert launcher.returncode == status
+  assert len(stdout.splitlines()) == 1 and "Restart" not in stderr
+
+
+def test_a_stopped_task_hears_the_signal_and_a_second_one_is_passed_on(tmp_path):
+  program = """
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+print(os.getpid())
+while len(heard) < 2:
+  time.sleep(0.05)
+"""
+  with _launch(tmp_path, program) as launcher:
+    pids = _read_pids(launcher, 2)
+    os.kill(pids[0], signal.SIGSTOP)
+    begun = time.monotonic()
+    for _ in range(2):
+      launcher.send_signal(signal.SIGTERM)
+      time.sleep(0.5)
+    launcher.wait(timeout=30)
+    assert time.monotonic() - begun < 10
+  assert launcher.returncode == 143
   _wait_until_gone(pids, seconds=0)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -14,8 +15,9 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from tf_largebatch import sources, training
-from tf_largebatch.errors import UserError
+from tf_largebatch.errors import InterruptedRunError, UserError
 from tf_largebatch.metrics import MetricsWriter, read_metrics
+from tf_largebatch.preemption import StopRequest
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.record_index import record_offsets
 
@@ -71,8 +73,11 @@ def test_what_a_run_leaves(run):
   assert {"tensorflow", "keras", "python"} <= facts["versions"].keys()
   assert facts["cluster"]["replicas"] == 1
   assert any(name.startswith("events") for name in os.listdir(directory / "tensorboard"))
-  names = ["step-0000000003.npz", "step-0000000006.npz", "step-0000000009.npz"]
+  names = [f"step-{step:010d}.{kind}" for step in (3, 6, 9) for kind in ("json", "npz")]
   assert sorted(os.listdir(directory / "checkpoints")) == names
+  noted = [json.loads((directory / "checkpoints" / name).read_text()) for name in names[::2]]
+  evaluations = [r for r in read_metrics(str(directory)) if r["kind"] == "eval"]
+  assert [n["validation_error"] for n in noted] == [r["error"] for r in evaluations]
 
 
 def test_metrics(run):
@@ -115,29 +120,117 @@ def test_another_recipe_is_refused_and_nothing_is_lost(run):
   assert json.loads((directory / "result.json").read_text()) == result
 
 
-def test_a_run_that_was_cut_off_ends_with_the_same_bytes(run, tmp_path, monkeypatch):
-  """Cut off after epoch 2 was evaluated, before its checkpoint: two epochs are left to do."""
-  evaluation = MetricsWriter.evaluation
+def comparable(directory):
+  """What does not depend on the clock."""
+  return [(r["kind"], r["step"], r["loss"], r["error"]) for r in read_metrics(str(directory))]
 
-  def cut_off(self, step, epoch, scalars):
-    evaluation(self, step, epoch, scalars)
-    if epoch == 2:
+
+def cut_off(method, number):
+  """`method` of MetricsWriter, which then ends the run after step `number`."""
+  original = getattr(MetricsWriter, method)
+
+  def replacement(self, step, epoch, scalars):
+    original(self, step, epoch, scalars)
+    if step == number:
       raise KeyboardInterrupt
 
+  return replacement
+
+
+@pytest.mark.parametrize("method, number", [("train", 8), ("train", 6), ("evaluation", 6)])
+def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
+  run, tmp_path, monkeypatch, method, number
+):
+  """Cut off in epoch 3; before epoch 2 was saved; when it was evaluated, before that was noted.
+
+  A checkpoint every two steps is where a record ends anyway.
+  """
   with monkeypatch.context() as patch:
-    patch.setattr(MetricsWriter, "evaluation", cut_off)
+    patch.setattr(MetricsWriter, method, cut_off(method, number))
     with pytest.raises(KeyboardInterrupt):
-      train(tmp_path)
+      train(tmp_path, checkpoint_every_steps=2)
   assert not (tmp_path / "result.json").exists()
   again = train(tmp_path)
   directory, result = run
   assert again["weights_sha256"] == result["weights_sha256"]
   assert again["val_error"] == result["val_error"]
-  comparable = [
-    [(r["kind"], r["step"], r["loss"], r["error"]) for r in read_metrics(str(path))]
-    for path in (tmp_path, directory)
-  ]
-  assert comparable[0] == comparable[1]
+  assert comparable(tmp_path) == comparable(directory)
+
+
+@pytest.mark.parametrize(
+  "asked_at, stopped_at, evaluated", [(2, 3, 0), (4, 5, 1), (6, 6, 1)]
+)  # The last: between an epoch's last step and the second of its evaluation's three.
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
+  run, tmp_path, monkeypatch, asked_at, stopped_at, evaluated
+):
+  stop = StopRequest()
+  record = MetricsWriter.train
+
+  def ask(self, step, epoch, scalars):
+    record(self, step, epoch, scalars)
+    if step == asked_at:
+      stop.signal = signal.SIGINT
+
+  with monkeypatch.context() as patch:
+    patch.setattr(MetricsWriter, "train", ask)
+    with pytest.raises(InterruptedRunError) as error:
+      train(tmp_path, stop=stop, evaluation_batch_size=20)
+  assert error.value.status == 128 + signal.SIGINT
+  assert f"(SIGINT) after step {stopped_at} of {STEPS}, saved" in str(error.value)
+  assert len([r for r in read_metrics(str(tmp_path)) if r["kind"] == "eval"]) == evaluated
+  again = train(tmp_path)
+  result = run[1]
+  assert again["weights_sha256"] == result["weights_sha256"]
+  assert again["val_error_median_last_5"] == result["val_error_median_last_5"]
+  kinds = [(r["kind"], r["step"]) for r in read_metrics(str(tmp_path)) if r["kind"] == "eval"]
+  assert kinds == [("eval", 3), ("eval", 6), ("eval", 9)]
+
+
+def test_k_left_out_is_that_of_the_run_that_is_continued(tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(MetricsWriter, "train", cut_off("train", 2))
+    with pytest.raises(KeyboardInterrupt):
+      train(tmp_path)
+  left_out = dataclasses.replace(RECIPE, workers=None)
+  assert training._with_workers_of_the_run(left_out, str(tmp_path)) == RECIPE
+  assert training._with_workers_of_the_run(left_out, str(tmp_path / "new")) == left_out
+
+
+def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
+  with training._only_run_in(str(tmp_path)):
+    with pytest.raises(UserError, match=rf"in use by a run \(process {os.getpid()} on "):
+      train(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+  with training._only_run_in(str(tmp_path)):
+    pass
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_record(run, tmp_path, monkeypatch):
+  """Metrics and checkpoints fail from step 2 to step 6; the run ends as the others."""
+  append = tf.io.gfile.GFile
+  full = False
+
+  def refuse(path, mode="r", *rest):
+    if full and mode[0] in "wa":
+      raise tf.errors.ResourceExhaustedError(None, None, f"{path}; No space left on device")
+    return append(path, mode, *rest)
+
+  record = MetricsWriter.train
+
+  def fill(self, step, epoch, scalars):
+    nonlocal full
+    full = 2 <= step < 6
+    if full and self._lines is not None:
+      self._lines.flush = lambda: refuse("metrics.jsonl", "a")
+    record(self, step, epoch, scalars)
+
+  monkeypatch.setattr(tf.io.gfile, "GFile", refuse)
+  monkeypatch.setattr(MetricsWriter, "train", fill)
+  result = train(tmp_path)
+  assert result["weights_sha256"] == run[1]["weights_sha256"]
+  assert comparable(tmp_path) == comparable(run[0])
+  steps = sorted({name[5:15] for name in os.listdir(tmp_path / "checkpoints")})
+  assert [int(step) for step in steps] == [6, 9]
 
 
 def test_model_keras_needs_no_code_of_ours_and_has_the_runs_error(run, tmp_path):
@@ -184,10 +277,26 @@ def test_weights_sha256_is_of_all_weights_in_order(run):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-  wild = dataclasses.replace(RECIPE, reference_learning_rate=1e30, warmup="none")
+  """The rate is sane until step 3, so the loss breaks at the step after the next."""
+  wild = dataclasses.replace(
+    RECIPE, decay_epochs=(1,), decay_factor=1e30, warmup="none", warmup_epochs=0
+  )
+  with pytest.raises(UserError) as error:
+    train(tmp_path, wild, checkpoint_every_steps=1)
+  message = str(error.value)
+  assert "\n" not in message
+  assert "Training diverged: the loss is nan (rate 2e+29) at step 5, epoch 1.67" in message
+  assert "kn = 2 x 10 = 20" in message and "last good checkpoint is that of step 3" in message
+  assert "--warmup_epochs" in message and "--reference_learning_rate" in message
+  # That of step 4 was made by the rate that broke the run.
+  assert sorted({name[5:15] for name in os.listdir(tmp_path / "checkpoints")})[-1] == f"{3:010d}"
+  # What it saved is finite, and the same command ends the same way.
+  for name in os.listdir(tmp_path / "checkpoints"):
+    if name.endswith(".npz"):
+      arrays = np.load(tmp_path / "checkpoints" / name)
+      assert all(np.isfinite(arrays[key]).all() for key in arrays.files)
   with pytest.raises(UserError, match="diverged"):
-    train(tmp_path, wild)
-  assert not (tmp_path / "checkpoints").exists()
+    train(tmp_path, wild, checkpoint_every_steps=1)
 
 
 def test_an_evaluation_that_is_not_finite_leaves_no_checkpoint(tmp_path):
@@ -195,9 +304,9 @@ def test_an_evaluation_that_is_not_finite_leaves_no_checkpoint(tmp_path):
   wild = dataclasses.replace(
     RECIPE, train_split="train[:20]", epochs=1, reference_learning_rate=1e30, warmup="none"
   )
-  with pytest.raises(UserError, match="validation loss"):
+  with pytest.raises(UserError, match=r"validation loss is .* last good checkpoint is none"):
     train(tmp_path, wild)
-  assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "result.json").exists()
+  assert os.listdir(tmp_path / "checkpoints") == [] and not (tmp_path / "result.json").exists()
 
 
 def test_cut_off_before_the_result_was_written(run, tmp_path):

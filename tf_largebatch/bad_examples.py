@@ -7,7 +7,7 @@ import queue
 import tensorflow as tf
 from absl import logging
 
-from tf_largebatch import sources
+from tf_largebatch import files, sources
 
 
 class BadExamples:
@@ -48,9 +48,7 @@ class BadExamples:
       new.append({"split": split, "example": example, "fault": fault})
     if new:
       self._lines += new
-      with tf.io.gfile.GFile(f"{self._path}.partial", "w") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in self._lines))
-      tf.io.gfile.rename(f"{self._path}.partial", self._path, overwrite=True)
+      files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
     paths = tf.io.gfile.glob(os.path.join(self._work_dir, "bad_examples*.jsonl"))
     listed = (line for path in paths for line in _read(path))
     return len({(line["split"], line["example"]) for line in listed})
@@ -59,5 +57,4 @@ class BadExamples:
 def _read(path: str) -> list[dict]:
   if not tf.io.gfile.exists(path):
     return []
-  with tf.io.gfile.GFile(path) as file:
-    return [json.loads(line) for line in file.read().splitlines()]
+  return [json.loads(line) for line in files.read_text(path).splitlines()]

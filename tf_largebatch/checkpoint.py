@@ -1,92 +1,288 @@
-"""What is saved of a run and how it comes back: a file a checkpoint, whole or not there at all."""
+"""What is saved of a run and how it comes back: each checkpoint whole, or not there at all.
 
+step-0000000120.npz    all state after step 120
+step-0000000120.json   its manifest, written last: without it there is no checkpoint
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
 import io
+import json
 import os
 import re
-import zipfile
-import zlib
 
 import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_largebatch.errors import UserError
+from tf_largebatch import files
+from tf_largebatch.errors import UserError, first_line
 
 _KEEP = 3
-_NAME = re.compile(r"step-(\d+)\.npz")
+_MANIFEST = re.compile(r"step-(\d{10})\.json")
+_OURS = re.compile(r"step-\d{10}\.(npz|json)(\.partial)?")
 
 
-def _variables(model: keras.Model, optimizer) -> dict[str, keras.Variable]:
-  """All state by its place: weights and moving statistics; step, rate, momentum.
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """What is known of a checkpoint without reading its state.
 
-  Not by Keras' paths, which count the layers that a process has made.
-  """
-  named = {}
-  for owner, variables in (("model", model.variables), ("optimizer", optimizer.variables)):
-    for index, variable in enumerate(variables):
-      named[f"{owner}/{index:04d}"] = variable
-  return named
-
-
-def save(directory: str, step: int, seconds: float, model: keras.Model, optimizer) -> str:
-  """Saves all state as `directory/step-NNNNNNNNNN.npz` and keeps the last three.
-
-  Args:
-    directory: made if missing.
+  Attributes:
     step: steps done.
     seconds: time trained so far.
-    model, optimizer: built.
-
-  Returns:
-    The path. It appears by a rename, so a file of that name is complete.
+    bytes, sha256: of the file of the state.
+    validation_error: a fraction; None where this state was not evaluated (yet).
   """
-  arrays = {name: variable.numpy() for name, variable in _variables(model, optimizer).items()}
-  buffer = io.BytesIO()
-  np.savez(buffer, step=np.int64(step), seconds=np.float64(seconds), **arrays)
-  tf.io.gfile.makedirs(directory)
-  path = os.path.join(directory, f"step-{step:010d}.npz")
-  with tf.io.gfile.GFile(f"{path}.partial", "wb") as file:
-    file.write(buffer.getvalue())
-  tf.io.gfile.rename(f"{path}.partial", path, overwrite=True)
-  for old in _saved(directory)[:-_KEEP]:
-    tf.io.gfile.remove(os.path.join(directory, old))
-  return path
 
+  step: int
+  seconds: float
+  bytes: int
+  sha256: str
+  validation_error: float | None = None
 
-def restore_newest(directory: str, model: keras.Model, optimizer) -> tuple[int, float]:
-  """Assigns the state of the newest checkpoint that can be read; a torn one is passed over.
+  def to_json(self) -> str:
+    """One line, with a digest of itself."""
+    fields = dataclasses.asdict(self)
+    return json.dumps(fields | {"manifest_sha256": _sha256_of_fields(fields)}) + "\n"
 
-  Returns:
-    (steps done, seconds trained); (0, 0.0) where there is no checkpoint.
-
-  Raises:
-    UserError: the checkpoint belongs to another network or optimizer.
-  """
-  for name in reversed(_saved(directory)):
-    path = os.path.join(directory, name)
+  @classmethod
+  def from_json(cls, text: str) -> "Manifest":
+    """
+    Raises:
+      ValueError: it is none, or not as it was written.
+    """
+    fields = json.loads(text)
+    if not isinstance(fields, dict):
+      raise ValueError("no manifest")
+    if fields.pop("manifest_sha256", None) != _sha256_of_fields(fields):
+      raise ValueError("the manifest's own digest differs")
     try:
-      with tf.io.gfile.GFile(path, "rb") as file:
-        arrays = dict(np.load(io.BytesIO(file.read())))
-      step, seconds = int(arrays.pop("step")), float(arrays.pop("seconds"))
-      break
-    except (EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-      logging.warning("The checkpoint %s cannot be read (%s); trying an older one.", path, error)
-  else:
-    return 0, 0.0
-  variables = _variables(model, optimizer)
-  if {k: tuple(v.shape) for k, v in variables.items()} != {k: v.shape for k, v in arrays.items()}:
-    raise UserError(
-      f"The checkpoint {path} holds other variables than this recipe's network and optimizer; it "
-      "was written by another version: continue with that one, or choose another work_dir."
-    )
-  for name, variable in variables.items():
-    variable.assign(arrays[name])
-  return step, seconds
+      return cls(**fields)
+    except TypeError as error:
+      raise ValueError(f"another version's manifest: {error}") from error
 
 
-def _saved(directory: str) -> list[str]:
-  """The names of the checkpoints, oldest first."""
+def _sha256_of_fields(fields: dict) -> str:
+  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+class Checkpoints:
+  """The checkpoints of a run: the last three and the best by validation error.
+
+  Only one process may save to a directory. A save copies the state and returns; a thread of its
+  own digests and writes the copy, for the next step changes the state.
+  """
+
+  def __init__(self, directory: str, model: keras.Model, optimizer, *, saves: bool = True):
+    """
+    Args:
+      directory: made at the first save.
+      model, optimizer: built; what is saved and restored.
+      saves: False where another process does (`save` and so on then do nothing).
+    """
+    self._directory = directory
+    # By place, not by Keras' paths, which count the layers that a process has made.
+    self._variables = {
+      f"{owner}/{index:04d}": variable
+      for owner, variables in (("model", model.variables), ("optimizer", optimizer.variables))
+      for index, variable in enumerate(variables)
+    }
+    self._saves = saves
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint") if saves else None
+    self._pending: concurrent.futures.Future | None = None
+    self._step: int | None = None  # Of the newest one that is saved or being saved.
+
+  def restore_newest(self) -> Manifest | None:
+    """Assigns the state of the newest whole checkpoint; others are named and passed over.
+
+    Returns:
+      Its manifest; None where there is no checkpoint.
+
+    Raises:
+      UserError: the checkpoint belongs to another network or optimizer.
+    """
+    for name in reversed(_manifests(self._directory)):
+      path = os.path.join(self._directory, name)
+      try:
+        manifest, arrays = self._read(path)
+        break
+      except (*files.FAILURES, ValueError) as error:
+        logging.warning(
+          "The checkpoint %s is not whole (%s) and passed over.", path, first_line(error)
+        )
+    else:
+      return None
+    expected = {name: (tuple(v.shape), v.dtype) for name, v in self._variables.items()}
+    if expected != {name: (array.shape, array.dtype.name) for name, array in arrays.items()}:
+      raise UserError(
+        f"The checkpoint {path} holds other variables than this recipe's network and optimizer; "
+        "it was written by another version: continue with that one, or choose another work_dir."
+      )
+    for name, variable in self._variables.items():
+      variable.assign(arrays[name])
+    self._step = manifest.step
+    return manifest
+
+  def _read(self, path: str) -> tuple[Manifest, dict[str, np.ndarray]]:
+    manifest = _read_manifest(path)
+    if manifest.step != _step_of(path):
+      raise ValueError(f"its manifest is of step {manifest.step}")
+    with tf.io.gfile.GFile(_state_path(path), "rb") as file:
+      content = file.read()
+    if len(content) != manifest.bytes:
+      raise ValueError(f"{len(content)} bytes of state instead of {manifest.bytes}")
+    if hashlib.sha256(content).hexdigest() != manifest.sha256:
+      raise ValueError("the state's SHA-256 differs from the manifest's")
+    return manifest, dict(np.load(io.BytesIO(content), allow_pickle=False))
+
+  @property
+  def busy(self) -> bool:
+    """Whether a save is under way."""
+    return self._pending is not None and not self._pending.done()
+
+  def save(self, step: int, seconds: float) -> None:
+    """Begins to save the state; a failure is logged, and what was saved before stays.
+
+    Args:
+      step: steps done.
+      seconds: time trained so far.
+    """
+    if not self._saves or step == self._step:
+      return
+    self.wait()
+    # Copies, of which the step that comes next knows nothing.
+    arrays = {name: np.array(variable.numpy()) for name, variable in self._variables.items()}
+    self._step = step
+    self._pending = self._thread.submit(self._write, step, seconds, arrays)
+
+  def evaluated(self, step: int, error: float) -> None:
+    """Notes the validation error (a fraction) of the state saved after `step` steps."""
+    if self._saves:
+      self.wait()
+      self._pending = self._thread.submit(self._note, step, error)
+
+  def wait(self) -> None:
+    """Returns when what was begun is saved, or has failed to be."""
+    if self._pending is not None:
+      pending, self._pending = self._pending, None
+      pending.result()
+
+  def discard_from(self, step: int) -> None:
+    """Removes the checkpoints after `step` steps or more: their state proved to be no good."""
+    if self._saves:
+      self.wait()
+      self._remove(name for name in _manifests(self._directory) if _step_of(name) >= step)
+
+  def newest_step(self) -> int | None:
+    """Of the checkpoints that are there, whoever saved them; None: there is none."""
+    self.wait()
+    names = _manifests(self._directory)
+    return _step_of(names[-1]) if names else None
+
+  def _write(self, step: int, seconds: float, arrays: dict[str, np.ndarray]) -> None:
+    broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if broken:
+      logging.error(
+        "The state after step %d is not saved: %s of its %d variables are not finite.",
+        step,
+        len(broken),
+        len(arrays),
+      )
+      return
+    path = os.path.join(self._directory, f"step-{step:010d}.json")
+    try:
+      tf.io.gfile.makedirs(self._directory)
+      with files.replacing(_state_path(path), "wb") as file:
+        digested = _Digested(file)
+        np.savez(digested, **arrays)
+      manifest = Manifest(step, seconds, digested.bytes, digested.sha256.hexdigest())
+      files.write_text(path, manifest.to_json())
+      self._prune()
+    except files.FAILURES as error:
+      self._step = None
+      logging.error(
+        "The checkpoint of step %d cannot be saved (%s); what was saved before stays, and the run "
+        "goes on to its next save.",
+        step,
+        first_line(error),
+      )
+
+  def _note(self, step: int, error: float) -> None:
+    path = os.path.join(self._directory, f"step-{step:010d}.json")
+    try:
+      if tf.io.gfile.exists(path):  # Else it could not be saved.
+        manifest = _read_manifest(path)
+        manifest = dataclasses.replace(manifest, validation_error=error)
+        files.write_text(path, manifest.to_json())
+        self._prune()
+    except (*files.FAILURES, ValueError) as failure:
+      logging.error(
+        "The validation error of step %d cannot be noted in %s (%s).",
+        step,
+        path,
+        first_line(failure),
+      )
+
+  def _prune(self) -> None:
+    """Removes all but the last three and the best, and what torn saves left."""
+    manifests = {}
+    for name in _manifests(self._directory):
+      with contextlib.suppress(ValueError):  # Tampered with: as good as none.
+        manifests[name] = _read_manifest(os.path.join(self._directory, name))
+    rated = [name for name in manifests if manifests[name].validation_error is not None]
+    best = min(rated, key=lambda name: manifests[name].validation_error, default=None)
+    kept = {*list(manifests)[-_KEEP:], best}
+    self._remove(name for name in _manifests(self._directory) if name not in kept)
+    whole = {name for manifest in kept - {None} for name in (manifest, _state_path(manifest))}
+    for name in tf.io.gfile.listdir(self._directory):
+      if _OURS.fullmatch(name) and name not in whole:
+        tf.io.gfile.remove(os.path.join(self._directory, name))
+
+  def _remove(self, names) -> None:
+    for name in list(names):
+      path = os.path.join(self._directory, name)
+      tf.io.gfile.remove(path)  # First, for it says that the other is whole.
+      if tf.io.gfile.exists(_state_path(path)):
+        tf.io.gfile.remove(_state_path(path))
+
+
+class _Digested(io.RawIOBase):
+  """A file that is written once from its beginning to its end, and its digest."""
+
+  def __init__(self, file):
+    super().__init__()
+    self._file = file
+    self.bytes = 0
+    self.sha256 = hashlib.sha256()
+
+  def writable(self) -> bool:
+    return True
+
+  def write(self, data) -> int:
+    data = bytes(data)
+    self.sha256.update(data)
+    self.bytes += len(data)
+    self._file.write(data)
+    return len(data)
+
+
+def _read_manifest(path: str) -> Manifest:
+  return Manifest.from_json(files.read_text(path))
+
+
+def _state_path(manifest: str) -> str:
+  return manifest.removesuffix(".json") + ".npz"
+
+
+def _step_of(manifest: str) -> int:
+  return int(_MANIFEST.fullmatch(os.path.basename(manifest))[1])
+
+
+def _manifests(directory: str) -> list[str]:
+  """The names of the manifests, oldest first."""
   if not tf.io.gfile.exists(directory):
     return []
-  return sorted(name for name in tf.io.gfile.listdir(directory) if _NAME.fullmatch(name))
+  return sorted(name for name in tf.io.gfile.listdir(directory) if _MANIFEST.fullmatch(name))

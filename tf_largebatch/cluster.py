@@ -6,22 +6,27 @@ in one line, because TensorFlow answers most of it by waiting for an hour.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from tf_largebatch.errors import UserError
+from tf_largebatch.errors import LOST_TASK, InterruptedRunError, UserError
 
 if TYPE_CHECKING:  # At run time later: a bad TF_CONFIG is told before the slow import.
   import tensorflow as tf
 
+# What TensorFlow says in every error that comes of another task's end or silence.
+_LOSS = re.compile(
+  r"Collective ops is aborted|CoordinationService|/task:\d+|UNAVAILABLE|Unavailable"
+)
 _ADDRESS = re.compile(r"(?:[^\s:/\[\]]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
 
@@ -65,6 +70,12 @@ def read_cluster(environ: Mapping[str, str] = os.environ) -> Cluster:
     raise _error(f"not JSON ({error})", text, "a JSON object, or unset it for one task") from error
   if not isinstance(config, dict):
     raise _error("not a JSON object", config, 'an object with the keys "cluster" and "task"')
+  if "sparseCluster" in config:
+    raise _error(
+      'a "sparseCluster", whose tasks come and go',
+      config["sparseCluster"],
+      'a fixed "cluster" (a TFJob without enableDynamicWorker)',
+    )
   for key in ("cluster", "task"):
     if not isinstance(config.get(key), dict):
       raise _error(f'"{key}" is missing or not an object', config, f'a "{key}" object')
@@ -155,6 +166,47 @@ def make_strategy(cluster: Cluster, communication: str = "auto") -> "tf.distribu
   strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
   signal.signal(signal.SIGTERM, on_sigterm)
   return strategy
+
+
+@contextlib.contextmanager
+def telling_lost_tasks(cluster: Cluster, steps_done: Callable[[], int | None]):
+  """What TensorFlow raises in it when a task is gone, or silent for some 10 s, gets one line.
+
+  Args:
+    cluster: what `make_strategy` made the strategy of.
+    steps_done: returns the number of the last finished step, None before training.
+
+  Raises:
+    InterruptedRunError: a task was lost.
+  """
+  import tensorflow as tf
+
+  try:
+    yield
+  except tf.errors.OpError as error:
+    lost = _lost_tasks(cluster, str(error))
+    if not lost:
+      raise
+    names = " and ".join(f"task {index} ({cluster.tasks[index]})" for index in lost)
+    done = steps_done()
+    raise InterruptedRunError(
+      f"Lost {names}, which ended or cannot be reached; "
+      + ("training had not begun" if done is None else f"the last finished step is {done}")
+      + ". The same command on all tasks goes on from the newest checkpoint.",
+      LOST_TASK,
+    ) from error
+
+
+def _lost_tasks(cluster: Cluster, message: str) -> list[int]:
+  """Returns the tasks that an error of a collective or of the coordination service names."""
+  if cluster.num_tasks == 1 or not _LOSS.search(message):
+    return []
+  found = {int(index) for index in re.findall(r"/job:worker(?:/replica:0)?/task:(\d+)", message)}
+  found |= {index for index, task in enumerate(cluster.tasks) if task in message}
+  # Heartbeats go to the chief's service.
+  if "CoordinationService/" in message and not found - {cluster.task_index}:
+    found.add(0)
+  return sorted(found - {cluster.task_index})
 
 
 def describe(

@@ -1,6 +1,8 @@
 """Scalars of a run → TensorBoard, JSON lines, and the terminal."""
 
+import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -9,6 +11,9 @@ import tensorflow as tf
 import tqdm
 from absl import logging
 from tensorboard.plugins.hparams import api as hparams
+
+from tf_largebatch import files
+from tf_largebatch.errors import first_line
 
 _SECONDS_BETWEEN_LINES = 10.0
 # TensorBoard's group of the scalars of each kind of record.
@@ -22,21 +27,32 @@ class MetricsWriter:
   Lines past `first_step` (of a sitting that was cut off) are dropped, for they will come again.
   """
 
-  def __init__(self, work_dir: str, recipe: dict, first_step: int, total_steps: int):
+  def __init__(
+    self,
+    work_dir: str,
+    recipe: dict,
+    first_step: int,
+    total_steps: int,
+    evaluated_epochs: float = math.inf,
+  ):
     """
     Args:
       work_dir: the run's directory.
       recipe: name → value, shown as text and as TensorBoard's hyper-parameters.
       first_step: steps that are done already.
       total_steps: steps of the whole run.
+      evaluated_epochs: epochs whose evaluation is done already; by default all up to first_step.
     """
-    path = os.path.join(work_dir, "metrics.jsonl")
-    kept = [record for record in read_metrics(work_dir) if record["step"] <= first_step]
-    self.evaluations = [record for record in kept if record["kind"] == "eval"]
-    with tf.io.gfile.GFile(f"{path}.partial", "w") as file:
-      file.write("".join(json.dumps(record) + "\n" for record in kept))
-    tf.io.gfile.rename(f"{path}.partial", path, overwrite=True)
-    self._lines = tf.io.gfile.GFile(path, "a")
+    self._path = os.path.join(work_dir, "metrics.jsonl")
+    self._records = [
+      record
+      for record in read_metrics(work_dir)
+      if record["step"] <= first_step
+      and (record["kind"] != "eval" or record["epoch"] <= evaluated_epochs)
+    ]
+    self.evaluations = [record for record in self._records if record["kind"] == "eval"]
+    self._lines = None  # Open while all records are in the file or in its buffer.
+    self._failing = False
     self._summaries = tf.summary.create_file_writer(os.path.join(work_dir, "tensorboard"))
     with self._summaries.as_default(step=first_step):
       rows = "".join(f"\n| {name} | {value} |" for name, value in recipe.items())
@@ -47,19 +63,23 @@ class MetricsWriter:
     self._bar = None
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+    self.flush()
 
   def __enter__(self):
     return self
 
   def __exit__(self, *exception):
-    self._lines.close()
-    self._summaries.close()
+    self.flush()
+    with contextlib.suppress(*files.FAILURES):
+      self._summaries.close()
     if self._bar is not None:
       self._bar.close()
 
   def train(self, step: int, epoch: float, scalars: dict[str, float]):
     """Records scalars after `step` steps, `epoch` epochs."""
     self._write("train", step, epoch, scalars)
+    if "://" not in self._path:  # An object store would write the whole file anew.
+      self.flush()
     text = (
       f"loss {scalars['loss']:.4f}  error {scalars['error']:.2%}  "
       f"rate {scalars['learning_rate']:.4g}  {scalars['images_per_second']:.0f} images/s"
@@ -74,8 +94,7 @@ class MetricsWriter:
   def evaluation(self, step: int, epoch: float, scalars: dict[str, float]):
     """Records an evaluation."""
     self.evaluations.append(self._write("eval", step, epoch, scalars))
-    self._lines.flush()
-    self._summaries.flush()
+    self.flush()
     text = f"validation error {scalars['error']:.2%}, loss {scalars['loss']:.4f}"
     self.say(f"epoch {epoch:g}: {text} after {step} steps")
 
@@ -87,11 +106,39 @@ class MetricsWriter:
 
   def _write(self, kind: str, step: int, epoch: float, scalars: dict[str, float]) -> dict:
     record = {"kind": kind, "step": step, "epoch": epoch, **scalars}
-    self._lines.write(json.dumps(record) + "\n")
-    with self._summaries.as_default(step=step):
-      for name, value in scalars.items():
-        tf.summary.scalar(f"{_GROUPS[kind]}/{name}", value)
+    self._records.append(record)
+    with self._telling_failure():
+      if self._lines is not None:
+        self._lines.write(json.dumps(record) + "\n")
+      with self._summaries.as_default(step=step):
+        for name, value in scalars.items():
+          tf.summary.scalar(f"{_GROUPS[kind]}/{name}", value)
     return record
+
+  def flush(self):
+    """Sees that what was recorded lasts; a full disk is told, and tried again at the next call."""
+    with self._telling_failure():
+      if self._lines is None:
+        # All of it again, for nobody knows how much a failed write left.
+        files.write_text(self._path, "".join(json.dumps(r) + "\n" for r in self._records))
+        self._lines = tf.io.gfile.GFile(self._path, "a")
+      self._lines.flush()
+      self._summaries.flush()
+      self._failing = False
+
+  @contextlib.contextmanager
+  def _telling_failure(self):
+    try:
+      yield
+    except files.FAILURES as error:
+      lines, self._lines = self._lines, None
+      with contextlib.suppress(AttributeError, *files.FAILURES):
+        lines.close()
+      if not self._failing:
+        self._failing = True
+        self.say(
+          f"The metrics cannot be written ({first_line(error)}); they will be, when they can."
+        )
 
 
 def read_metrics(work_dir: str) -> list[dict]:
@@ -100,13 +147,12 @@ def read_metrics(work_dir: str) -> list[dict]:
   if not tf.io.gfile.exists(path):
     return []
   records = []
-  with tf.io.gfile.GFile(path) as file:
-    for line in file.read().splitlines():
-      try:
-        record = json.loads(line)
-        records.append({**record, "step": int(record["step"]), "kind": str(record["kind"])})
-      except (ValueError, TypeError, KeyError):
-        break
+  for line in files.read_text(path).splitlines():
+    try:
+      record = json.loads(line)
+      records.append({**record, "step": int(record["step"]), "kind": str(record["kind"])})
+    except (ValueError, TypeError, KeyError):
+      break
   return records
 
 

@@ -17,7 +17,8 @@ import tensorflow as tf
 import tqdm
 from absl import logging
 
-from tf_largebatch.errors import UserError
+from tf_largebatch import files
+from tf_largebatch.errors import UserError, first_line
 
 # A record: its length (uint64, little-endian), a CRC of these 8 bytes, the data, a CRC of them.
 _HEADER = struct.Struct("<QI")
@@ -71,7 +72,7 @@ def _size(filename: str) -> int:
     return tf.io.gfile.stat(filename).length
   except tf.errors.OpError as error:
     raise UserError(
-      f"{filename}, a shard of the data set, cannot be read ({_first_line(error)}); put it back, "
+      f"{filename}, a shard of the data set, cannot be read ({first_line(error)}); put it back, "
       "or prepare the data set again."
     ) from error
 
@@ -160,7 +161,7 @@ def _load(path: str, filenames: list[str], sizes: np.ndarray) -> list[np.ndarray
     if same and ends[-1] == len(saved["offsets"]):
       return np.split(saved["offsets"], ends[:-1])
   except Exception as error:  # Whatever is wrong with the file, it can be made anew.
-    logging.warning("The index %s cannot be read (%s).", path, _first_line(error))
+    logging.warning("The index %s cannot be read (%s).", path, first_line(error))
     return None
   logging.info("The shards have changed since %s was made.", path)
   return None
@@ -173,15 +174,10 @@ def _save(path: str, filenames: list[str], sizes: np.ndarray, offsets: list[np.n
     content, filenames=filenames, sizes=sizes, counts=counts, offsets=np.concatenate(offsets)
   )
   # Under a name of its own first: several tasks may save the same index at once.
-  partial = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.partial"
+  suffix = f".{os.getpid()}.{os.urandom(4).hex()}.partial"
   try:
     tf.io.gfile.makedirs(os.path.dirname(path))
-    with tf.io.gfile.GFile(partial, "wb") as file:
+    with files.replacing(path, "wb", suffix) as file:
       file.write(content.getvalue())
-    tf.io.gfile.rename(partial, path, overwrite=True)
-  except (OSError, tf.errors.OpError) as error:
-    logging.warning("The index cannot be saved, and will be made again: %s", _first_line(error))
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error) or type(error).__name__).splitlines()[0]
+  except files.FAILURES as error:
+    logging.warning("The index cannot be saved, and will be made again: %s", first_line(error))

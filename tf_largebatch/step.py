@@ -32,6 +32,11 @@ def _error_count(labels, logits, weights=1.0):
   return tf.reduce_sum(tf.cast(wrong, logits.dtype) * tf.cast(weights, logits.dtype))
 
 
+def _here(value, dtype):
+  """A copy on this replica's device, where the all-reduce looks for what it adds up."""
+  return tf.identity(tf.cast(value, dtype))
+
+
 def _tensors(variables):
   return [tf.convert_to_tensor(variable.value) for variable in variables]
 
@@ -82,10 +87,11 @@ def make_train_step(
   """Builds the step; model and optimizer were created in `strategy.scope()`.
 
   Returns:
-    A function of one element of a distributed `input_pipeline.train_dataset` that updates the model
-    and returns scalars by name: loss and error (means over the kn images), learning_rate,
-    momentum_correction_factor, and the norms of the step's summed gradient (without weight decay)
-    and of the weights before the step.
+    A function of one element of a distributed `input_pipeline.train_dataset`, and of a number that
+    is not 0 where this task was asked to stop. It updates the model and returns scalars by name:
+    loss and error (means over the kn images), learning_rate, momentum_correction_factor, the norms
+    of the step's summed gradient (without weight decay) and of the weights before the step, and
+    stop, the sum of the replicas' numbers: all tasks learn in one step that one was asked.
   """
 
   def update(strategy, sums):
@@ -96,12 +102,13 @@ def make_train_step(
     # In cross-replica context the optimizer does not reduce the gradients a second time.
     optimizer.apply(gradients, model.trainable_variables)
 
-  def replica_step(images, labels):
+  def replica_step(images, labels, stop):
     replica = tf.distribute.get_replica_context()
     sums = _replica_sums(model, recipe, images, labels)
-    # The one all-reduce of the step: gradients, statistics, loss and error together.
+    sums = (*sums, _here(stop, sums[-1].dtype))
+    # The one all-reduce of the step: gradients, statistics, loss, error and stop together.
     totals = replica.all_reduce(tf.distribute.ReduceOp.SUM, tf.nest.flatten(sums))
-    gradients, statistics, loss, error = tf.nest.pack_sequence_as(sums, totals)
+    gradients, statistics, loss, error, stop = tf.nest.pack_sequence_as(sums, totals)
     scalars = {
       "loss": loss,
       "error": error,
@@ -109,14 +116,15 @@ def make_train_step(
       "momentum_correction_factor": optimizer.momentum_correction_factor(),
       "gradient_norm": tf.linalg.global_norm(gradients),
       "weight_norm": tf.linalg.global_norm(_tensors(model.trainable_variables)),
+      "stop": stop,
     }
     replica.merge_call(update, args=((gradients, statistics),))
     return scalars
 
   @tf.function
-  def train_step(batch):
+  def train_step(batch, stop=0.0):
     # Every replica returns the same totals: any copy will do.
-    scalars = strategy.run(replica_step, args=batch)
+    scalars = strategy.run(replica_step, args=(*batch, stop))
     return {name: strategy.experimental_local_results(v)[0] for name, v in scalars.items()}
 
   return train_step
@@ -127,7 +135,8 @@ def make_evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model) -
 
   Returns:
     A function that returns the sums over all replicas of the loss and of the errors of the images
-    that count (weight 1), and the numbers of those and of the unreadable ones (weight -1).
+    that count (weight 1), the numbers of those and of the unreadable ones (weight -1), and the sum
+    of stop (see `make_train_step`).
   """
 
   def sums(images, labels, weights):
@@ -141,17 +150,17 @@ def make_evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model) -
       tf.reduce_sum(tf.cast(weights < 0, logits.dtype)),
     ]
 
-  def replica_step(*batch):
+  def replica_step(stop, *batch):
     # Parts that depend on nothing of each other run at once, as the workers in training do.
     parts = WORKERS_AT_ONCE if batch[0].shape[0] % WORKERS_AT_ONCE == 0 else 1
     split = zip(*(tf.split(tensor, parts) for tensor in batch), strict=True)
     totals = [tf.add_n(values) for values in zip(*(sums(*part) for part in split), strict=True)]
+    totals.append(_here(stop, totals[0].dtype))
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, totals)
 
   @tf.function
-  def evaluation_step(batch):
-    return [
-      strategy.experimental_local_results(v)[0] for v in strategy.run(replica_step, args=batch)
-    ]
+  def evaluation_step(batch, stop=0.0):
+    totals = strategy.run(replica_step, args=(stop, *batch))
+    return [strategy.experimental_local_results(total)[0] for total in totals]
 
   return evaluation_step

@@ -15,7 +15,8 @@ import sys
 from absl import app, flags, logging
 
 from tf_largebatch.cluster import read_cluster
-from tf_largebatch.errors import UserError
+from tf_largebatch.errors import InterruptedRunError, UserError
+from tf_largebatch.preemption import StopRequest, end_process
 from tf_largebatch.recipe import Recipe
 
 _DEFINE = {
@@ -67,6 +68,23 @@ _RUN_FLAGS = (
   flags.DEFINE_integer(
     "evaluation_batch_size", 128, "Images that a device evaluates at once.", lower_bound=1
   ),
+  flags.DEFINE_integer(
+    "checkpoint_every_steps",
+    0,
+    "Steps between two checkpoints within an epoch; 0: only as checkpoint_every_minutes says.",
+    lower_bound=0,
+  ),
+  flags.DEFINE_float(
+    "checkpoint_every_minutes",
+    10.0,
+    "Minutes between two checkpoints within an epoch; 0: only as checkpoint_every_steps says.",
+    lower_bound=0,
+  ),
+  flags.DEFINE_boolean(
+    "deterministic",
+    False,
+    "The same bytes in every run on GPUs too, at some cost in speed; CPUs do so anyway.",
+  ),
 )
 
 
@@ -91,36 +109,47 @@ def recipe_from_flags(values: flags.FlagValues = flags.FLAGS) -> Recipe:
 
 
 def main(argv):
-  """Trains, and returns the process' exit status."""
-  try:
-    if len(argv) > 1:
-      raise UserError(f"Unexpected argument {argv[1]!r}; every option is a flag, --name=value.")
-    recipe, cluster = recipe_from_flags(), read_cluster()
-    if not flags.FLAGS.work_dir:
-      raise UserError("No --work_dir was given; name a directory for what the run leaves.")
-    if (recipe.workers or 1) >= 2 and (os.cpu_count() or 1) <= 2:
-      # Two workers' passes at once, a thread each, beat two threads for each op of one.
-      os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
-    # Only now, for TensorFlow takes seconds to import and a user's mistake should not wait for it.
-    from tf_largebatch import training
+  """Trains, and returns the process' exit status: 0, or as `errors` has them."""
+  with StopRequest().watch_signals() as stop:
+    try:
+      return _train(argv, stop)
+    except (UserError, InterruptedRunError) as error:
+      print(f"error: {error}", file=sys.stderr, flush=True)
+      if isinstance(error, InterruptedRunError):
+        end_process(error.status)
+      return error.status
 
-    work_dir = os.path.expanduser(flags.FLAGS.work_dir)
-    result = training.train_and_evaluate(
-      recipe,
-      data_dir=os.path.expanduser(flags.FLAGS.data_dir),
-      work_dir=work_dir,
-      cluster=cluster,
-      communication=flags.FLAGS.communication,
-      log_every_steps=flags.FLAGS.log_every_steps,
-      evaluation_batch_size=flags.FLAGS.evaluation_batch_size,
-      index_dir=os.path.expanduser(flags.FLAGS.index_dir),
-      cache=flags.FLAGS.cache,
-      bad_examples=flags.FLAGS.bad_examples,
-      run_flags="".join(f"{flags.FLAGS[flag.name].serialize()}\n" for flag in _RUN_FLAGS),
-    )
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return 1
+
+def _train(argv, stop: StopRequest) -> int:
+  if len(argv) > 1:
+    raise UserError(f"Unexpected argument {argv[1]!r}; every option is a flag, --name=value.")
+  recipe, cluster = recipe_from_flags(), read_cluster()
+  if not flags.FLAGS.work_dir:
+    raise UserError("No --work_dir was given; name a directory for what the run leaves.")
+  if (recipe.workers or 1) >= 2 and (os.cpu_count() or 1) <= 2:
+    # Two workers' passes at once, a thread each, beat two threads for each op of one.
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+  # Only now, for TensorFlow takes seconds to import and a user's mistake should not wait for it.
+  from tf_largebatch import training
+
+  work_dir = os.path.expanduser(flags.FLAGS.work_dir)
+  result = training.train_and_evaluate(
+    recipe,
+    data_dir=os.path.expanduser(flags.FLAGS.data_dir),
+    work_dir=work_dir,
+    cluster=cluster,
+    communication=flags.FLAGS.communication,
+    log_every_steps=flags.FLAGS.log_every_steps,
+    evaluation_batch_size=flags.FLAGS.evaluation_batch_size,
+    checkpoint_every_steps=flags.FLAGS.checkpoint_every_steps,
+    checkpoint_every_minutes=flags.FLAGS.checkpoint_every_minutes,
+    deterministic=flags.FLAGS.deterministic,
+    index_dir=os.path.expanduser(flags.FLAGS.index_dir),
+    cache=flags.FLAGS.cache,
+    bad_examples=flags.FLAGS.bad_examples,
+    run_flags="".join(f"{flags.FLAGS[flag.name].serialize()}\n" for flag in _RUN_FLAGS),
+    stop=stop,
+  )
   if cluster.is_chief:
     print(json.dumps(result, indent=2))
     print(f"Result: {os.path.join(work_dir, 'result.json')}")

@@ -1,35 +1,66 @@
 """A run: resolve the recipe, build, restore, then epochs of steps, evaluations and checkpoints."""
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import itertools
-import json
 import math
 import os
 import platform
+import shutil
+import signal
 import statistics
 import tempfile
 import time
 import zlib
+from collections.abc import Callable, Iterator
 
 import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_largebatch import checkpoint, input_pipeline, preparation, resnet, sources, step
+from tf_largebatch import files, input_pipeline, preparation, resnet, sources, step
 from tf_largebatch.bad_examples import BadExamples
-from tf_largebatch.cluster import Cluster, describe, make_strategy
-from tf_largebatch.errors import UserError
+from tf_largebatch.checkpoint import Checkpoints
+from tf_largebatch.cluster import Cluster, describe, make_strategy, telling_lost_tasks
+from tf_largebatch.errors import InterruptedRunError, UserError, first_line
 from tf_largebatch.metrics import MetricsWriter
 from tf_largebatch.normalization import PerWorkerBatchNormalization
 from tf_largebatch.optimizer import MomentumCorrectedSGD
+from tf_largebatch.preemption import StopRequest
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.schedule import LinearScalingSchedule
 
 _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float64": "float64"}
+
+
+@dataclasses.dataclass
+class _Run:
+  """What the steps of a run use, and how far it has come.
+
+  Attributes:
+    done: steps done.
+    seconds: time trained, of earlier sittings too; evaluation is not counted.
+  """
+
+  recipe: Recipe
+  steps_per_epoch: int
+  train_step: Callable
+  batches: Iterator
+  stop: StopRequest
+  alone: bool
+  log_every_steps: int
+  checkpoint_every_steps: int
+  checkpoint_every_minutes: float
+  bad: BadExamples | None
+  checkpoints: Checkpoints | None = None
+  metrics: MetricsWriter | None = None
+  done: int = 0
+  seconds: float = 0.0
 
 
 def train_and_evaluate(
@@ -41,132 +72,188 @@ def train_and_evaluate(
   communication: str = "auto",
   log_every_steps: int = 10,
   evaluation_batch_size: int = 128,
+  checkpoint_every_steps: int = 0,
+  checkpoint_every_minutes: float = 10.0,
+  deterministic: bool = False,
   index_dir: str | None = None,
   cache: bool = False,
   bad_examples: str = "fail",
   run_flags: str = "",
+  stop: StopRequest | None = None,
 ) -> dict:
   """Trains by the recipe, or continues, and leaves the run in its work directory.
 
   Args:
-    recipe: fields that are None are chosen by the data set and the cluster.
+    recipe: fields that are None are chosen by the data set and the cluster (workers: by the run
+      that is continued, if there is one).
     data_dir: TensorFlow Datasets' data directory.
     work_dir: where the run leaves everything; the same for all tasks.
     cluster: the tasks, which decide where the workers run, not what they compute; None: one task.
     communication: "auto", "nccl" or "ring", see `cluster.make_strategy`.
     log_every_steps: steps between two train records (loss and error are means over them).
     evaluation_batch_size: images a replica evaluates at once.
+    checkpoint_every_steps, checkpoint_every_minutes: between two checkpoints within an epoch; 0:
+      none. There is one at each epoch's end anyway.
+    deterministic: use TensorFlow's deterministic kernels, slower on GPUs, where a run's bytes
+      otherwise differ from one run to the next.
     index_dir, cache: see `sources.open_source`.
     bad_examples: "fail", or "skip": an example that cannot be read is left out, of which the
       metrics and `bad_examples.jsonl` tell (see `input_pipeline.train_dataset`).
     run_flags: the flags beside the recipe's, for `flags.txt`.
+    stop: asked, the run saves at a step's end and raises InterruptedRunError.
 
   Returns:
     On the chief, what `result.json` holds: status, steps, val_error, val_error_median_last_5
     (fractions), images_per_second, seconds, weights_sha256.
 
   Raises:
-    UserError: the recipe, the data or the work directory do not fit; one line.
+    UserError: the recipe, the data or the work directory do not fit, or training diverged; one
+      line.
+    InterruptedRunError: the run was asked to stop or lost a task; it can be continued.
   """
-  cluster = cluster or Cluster()
-  # First of all: TensorFlow takes no cluster after its first operation.
-  strategy = make_strategy(cluster, communication)
-  if recipe.dataset != "synthetic":
-    preparation.prepare(recipe.dataset, data_dir)
-  replicas = strategy.num_replicas_in_sync
-  recipe = resolve(recipe, replicas, data_dir)
-  result = find_run(work_dir, recipe)
-  if cluster.num_tasks > 1:
-    facts = (recipe, evaluation_batch_size, log_every_steps, bad_examples, result is None)
-    _require_agreement(
-      strategy, facts, "the flags, the data or the work_dir differ; it must be one that all see"
+  cluster, stop = cluster or Cluster(), stop or StopRequest()
+  if deterministic:
+    tf.config.experimental.enable_op_determinism()
+  run = None
+  with contextlib.ExitStack() as held:
+    held.enter_context(telling_lost_tasks(cluster, lambda: run and run.done))
+    # First of all: TensorFlow takes no cluster after its first operation.
+    strategy = make_strategy(cluster, communication)
+    if recipe.dataset != "synthetic":
+      preparation.prepare(recipe.dataset, data_dir)
+    replicas = strategy.num_replicas_in_sync
+    recipe = resolve(_with_workers_of_the_run(recipe, work_dir), replicas, data_dir)
+    result = find_run(work_dir, recipe)
+    if cluster.num_tasks > 1:
+      facts = (recipe, evaluation_batch_size, log_every_steps, bad_examples, result is None)
+      _require_agreement(
+        strategy, facts, "the flags, the data or the work_dir differ; it must be one that all see"
+      )
+    if result is not None:
+      logging.info("The run in %s is complete; nothing is left to do.", work_dir)
+      return result
+
+    source, validation = (
+      sources.open_source(
+        recipe.dataset, split, data_dir, recipe.image_size, index_dir=index_dir, cache=cache
+      )
+      for split in (recipe.train_split, recipe.validation_split)
     )
-  if result is not None:
-    logging.info("The run in %s is complete; nothing is left to do.", work_dir)
+    derived = derive(recipe, source.num_examples, replicas)
+    environment = {"versions": versions(), "cluster": describe(strategy, cluster, communication)}
+    _make_writable(work_dir)
+    if cluster.is_chief:
+      held.enter_context(_only_run_in(work_dir))
+    _log_arithmetic(recipe, derived, source, validation, environment["cluster"])
+    if recipe.dtype == "bfloat16" and "CPU:0" in environment["cluster"]["devices_per_task"]:
+      _warn_of_slow_bfloat16()
+    if cluster.is_chief:
+      facts = {"recipe": recipe.to_dict(), "derived": derived, **environment}
+      files.write_json(os.path.join(work_dir, "recipe.json"), facts)
+      files.write_text(os.path.join(work_dir, "flags.txt"), recipe.to_flagfile() + run_flags)
+
+    with strategy.scope():
+      model = build_model(recipe, source.num_classes)
+      evaluated_model = build_model(recipe, source.num_classes, "evaluation")
+      optimizer = build_optimizer(recipe, source.num_examples)
+      optimizer.build(model.trainable_variables)
+    directory = os.path.join(work_dir, "checkpoints")
+    checkpoints = Checkpoints(directory, model, optimizer, saves=cluster.is_chief)
+    held.callback(checkpoints.wait)
+    restored = checkpoints.restore_newest()
+    done = restored.step if restored else 0
+    if cluster.num_tasks > 1:
+      facts = (restored, source.num_examples, validation.num_examples)
+      _require_agreement(strategy, facts, f"this one restored step {done} from {work_dir}")
+    if restored:
+      logging.info("Continuing from step %d of %d.", done, derived["total_steps"])
+
+    bad = BadExamples(work_dir, cluster.task_index) if bad_examples == "skip" else None
+    run = _Run(
+      recipe=recipe,
+      steps_per_epoch=derived["steps_per_epoch"],
+      train_step=step.make_train_step(strategy, model, optimizer, recipe),
+      batches=_train_batches(strategy, cluster, recipe, source, done, bad),
+      stop=stop,
+      alone=cluster.num_tasks == 1,
+      log_every_steps=log_every_steps,
+      checkpoint_every_steps=checkpoint_every_steps,
+      checkpoint_every_minutes=checkpoint_every_minutes,
+      bad=bad,
+      checkpoints=checkpoints,
+      done=done,
+      seconds=restored.seconds if restored else 0.0,
+    )
+    evaluate = make_evaluation(
+      strategy, evaluated_model, recipe, validation, evaluation_batch_size, bad, stop
+    )
+
+    def evaluate_epoch() -> bool:
+      """Whether it was evaluated to the end."""
+      evaluated_model.set_weights(model.get_weights())
+      scalars = evaluate()
+      if scalars is None:
+        return False
+      if not math.isfinite(scalars["loss"]):
+        # These weights are no good, although they are finite.
+        raise _divergence(f"validation loss is {scalars['loss']}", run.done, run, run.done)
+      if bad is not None:
+        scalars["bad_examples"] = bad.write()
+      run.metrics.evaluation(run.done, run.done // run.steps_per_epoch, scalars)
+      checkpoints.evaluated(run.done, scalars["error"])
+      return True
+
+    # Only the chief's metrics last; the other tasks write theirs where nobody looks.
+    elsewhere = held.enter_context(tempfile.TemporaryDirectory())
+    evaluated = done // run.steps_per_epoch
+    if restored and done % run.steps_per_epoch == 0 and restored.validation_error is None:
+      evaluated -= 1  # Cut off between this epoch's last step and the end of its evaluation.
+    run.metrics = held.enter_context(
+      MetricsWriter(
+        work_dir if cluster.is_chief else elsewhere,
+        recipe.to_dict() | derived,
+        done,
+        derived["total_steps"],
+        evaluated_epochs=evaluated,
+      )
+    )
+    with stop.honoured():
+      for epoch in range(evaluated + 1, recipe.epochs + 1):
+        if _train_to(run, epoch * run.steps_per_epoch):
+          checkpoints.save(run.done, run.seconds)  # While it is evaluated.
+          if evaluate_epoch():
+            continue
+        checkpoints.save(run.done, run.seconds)
+        checkpoints.wait()
+        _meet(strategy)  # Until the chief has saved, and all have left the last step.
+        raise _interruption(run, derived["total_steps"])
+      if cluster.num_tasks > 1:
+        _meet(strategy)
+    errors = [record["error"] for record in run.metrics.evaluations]
+    result = {
+      "status": "complete",
+      "steps": run.done,
+      "val_error": errors[-1] if errors else None,  # None where metrics.jsonl was lost.
+      "val_error_median_last_5": statistics.median(errors[-5:]) if errors else None,
+      "images_per_second": run.done * recipe.global_batch_size / run.seconds
+      if run.seconds
+      else None,
+      "seconds": run.seconds,
+      "weights_sha256": weights_sha256(model),
+    }
+    logging.info("weights_sha256 %s", result["weights_sha256"])
+    if cluster.is_chief:
+      checkpoints.wait()
+      try:
+        _export(model, recipe, source.num_classes, os.path.join(work_dir, "model.keras"))
+        # Last, for it says that the run is complete.
+        files.write_json(os.path.join(work_dir, "result.json"), result)
+      except files.FAILURES as error:
+        raise UserError(
+          f"All {run.done} steps are done, but work_dir={work_dir} cannot be written "
+          f"({first_line(error)}); make room there and run the same command again."
+        ) from error
     return result
-
-  source, validation = (
-    sources.open_source(
-      recipe.dataset, split, data_dir, recipe.image_size, index_dir=index_dir, cache=cache
-    )
-    for split in (recipe.train_split, recipe.validation_split)
-  )
-  derived = derive(recipe, source.num_examples, replicas)
-  environment = {"versions": versions(), "cluster": describe(strategy, cluster, communication)}
-  _make_writable(work_dir)
-  _log_arithmetic(recipe, derived, source, validation, environment["cluster"])
-  if recipe.dtype == "bfloat16" and "CPU:0" in environment["cluster"]["devices_per_task"]:
-    _warn_of_slow_bfloat16()
-  if cluster.is_chief:
-    facts = {"recipe": recipe.to_dict(), "derived": derived, **environment}
-    _write_json(os.path.join(work_dir, "recipe.json"), facts)
-    _write_text(os.path.join(work_dir, "flags.txt"), recipe.to_flagfile() + run_flags)
-
-  with strategy.scope():
-    model = build_model(recipe, source.num_classes)
-    evaluated_model = build_model(recipe, source.num_classes, "evaluation")
-    optimizer = build_optimizer(recipe, source.num_examples)
-    optimizer.build(model.trainable_variables)
-  checkpoints = os.path.join(work_dir, "checkpoints")
-  done, seconds = checkpoint.restore_newest(checkpoints, model, optimizer)
-  if cluster.num_tasks > 1:
-    facts = (done, source.num_examples, validation.num_examples)
-    _require_agreement(strategy, facts, f"this one restored step {done} from {work_dir}")
-  if done:
-    logging.info("Continuing from step %d of %d.", done, derived["total_steps"])
-
-  bad = BadExamples(work_dir, cluster.task_index) if bad_examples == "skip" else None
-  train_batches = _train_batches(strategy, cluster, recipe, source, done, bad)
-  train_step = step.make_train_step(strategy, model, optimizer, recipe)
-  evaluate = make_evaluation(
-    strategy, evaluated_model, recipe, validation, evaluation_batch_size, bad
-  )
-  steps_per_epoch = derived["steps_per_epoch"]
-
-  # Only the chief's metrics last; the other tasks write theirs where nobody looks.
-  with tempfile.TemporaryDirectory() as elsewhere:
-    metrics_dir = work_dir if cluster.is_chief else elsewhere
-    shown = recipe.to_dict() | derived
-    with MetricsWriter(metrics_dir, shown, done, derived["total_steps"]) as metrics:
-      for epoch in range(done // steps_per_epoch, recipe.epochs):
-        last = (epoch + 1) * steps_per_epoch
-        seconds += _train_epoch(
-          train_step,
-          train_batches,
-          metrics,
-          recipe,
-          done,
-          last,
-          steps_per_epoch,
-          log_every_steps,
-          bad,
-        )
-        done = last
-        evaluated_model.set_weights(model.get_weights())
-        scalars = evaluate()
-        _require_finite(scalars["loss"], "validation loss", done, recipe)
-        if bad is not None:
-          scalars["bad_examples"] = bad.write()
-        metrics.evaluation(done, epoch + 1, scalars)
-        if cluster.is_chief:
-          checkpoint.save(checkpoints, done, seconds, model, optimizer)
-      errors = [record["error"] for record in metrics.evaluations]
-
-  result = {
-    "status": "complete",
-    "steps": done,
-    "val_error": errors[-1] if errors else None,  # None where metrics.jsonl was lost.
-    "val_error_median_last_5": statistics.median(errors[-5:]) if errors else None,
-    "images_per_second": done * recipe.global_batch_size / seconds if seconds else None,
-    "seconds": seconds,
-    "weights_sha256": weights_sha256(model),
-  }
-  logging.info("weights_sha256 %s", result["weights_sha256"])
-  if cluster.is_chief:
-    _export(model, recipe, source.num_classes, os.path.join(work_dir, "model.keras"))
-    # Last, for it says that the run is complete.
-    _write_json(os.path.join(work_dir, "result.json"), result)
-  return result
 
 
 def resolve(recipe: Recipe, replicas: int, data_dir: str) -> Recipe:
@@ -321,7 +408,7 @@ def _next(batches, split: str, source, ids):
     found = next(filter(None, (sources.fault(source, int(index)) for index in ids)), None)
     if found is None:
       raise UserError(
-        f"Reading {split} failed ({_first_line(error)}), but all of its examples read well now; "
+        f"Reading {split} failed ({first_line(error)}), but all of its examples read well now; "
         "run again to continue."
       ) from error
     raise UserError(
@@ -330,47 +417,102 @@ def _next(batches, split: str, source, ids):
     ) from error
 
 
-def _train_epoch(
-  train_step, batches, metrics, recipe, done, last, steps_per_epoch, log_every_steps, bad
-) -> float:
-  """Steps `done` to `last`, recorded every `log_every_steps` and at the end; the seconds taken."""
-  began = since = time.perf_counter()
-  waited, pending = 0.0, []
-  for number in range(done + 1, last + 1):
+def _train_to(run: _Run, last: int) -> bool:
+  """Steps until `last` are done, or until after a task was asked to stop; whether `last` came."""
+  since, saved = time.perf_counter(), time.monotonic()
+  waited, losses, errors = 0.0, [], []
+  previous, asked = None, False
+
+  def fetch(number, scalars):
+    """Waits for a step, and checks it; whether a task was asked to stop before it."""
+    loss = float(scalars["loss"])
+    if not math.isfinite(loss):
+      rate = float(scalars["learning_rate"])
+      raise _divergence(f"loss is {loss} (rate {rate:g})", number, run, number - 1)
+    losses.append(loss)
+    errors.append(float(scalars["error"]))
+    return float(scalars["stop"]) > 0
+
+  while run.done < last and not asked:
     before = time.perf_counter()
-    batch = next(batches)
+    batch = next(run.batches)
     waited += time.perf_counter() - before
-    pending.append(train_step(batch))
-    if number % log_every_steps and number != last:
+    number = run.done + 1
+    scalars = run.train_step(batch, tf.constant(float(run.stop.signal is not None)))
+    run.done = number
+    # The step before is looked at while the device works on this one. All tasks learn of a request
+    # from the same sum, so all stop after the same step; one that is alone need not ask.
+    asked = previous is not None and fetch(number - 1, previous)
+    asked = asked or (run.alone and run.stop.signal is not None)
+    previous = scalars
+    minutes = (time.monotonic() - saved) / 60
+    save = (
+      (run.checkpoint_every_steps and number % run.checkpoint_every_steps == 0)
+      or (0 < run.checkpoint_every_minutes <= minutes)
+    ) and not run.checkpoints.busy
+    # A checkpoint is a record's end, so that a run that goes on from it records each step once.
+    if not (asked or save or number == last or number % run.log_every_steps == 0):
       continue
-    # Fetching waits for the device, so it is done once for all the steps since the last record.
-    scalars = {name: float(value) for name, value in pending[-1].items()}
-    for name in ("loss", "error"):
-      scalars[name] = float(np.mean([values[name].numpy() for values in pending]))
+    fetch(number, scalars)
+    previous = None
     now = time.perf_counter()
-    scalars["images_per_second"] = len(pending) * recipe.global_batch_size / (now - since)
-    scalars["input_wait_share"] = waited / (now - since)
-    if bad is not None:
-      scalars["bad_examples"] = bad.write()
-    _require_finite(scalars["loss"], "loss", number, recipe)
-    metrics.train(number, number / steps_per_epoch, scalars)
-    since, waited, pending = now, 0.0, []
-  return time.perf_counter() - began
+    record = {name: float(value) for name, value in scalars.items() if name != "stop"}
+    record["loss"], record["error"] = float(np.mean(losses)), float(np.mean(errors))
+    record["images_per_second"] = len(losses) * run.recipe.global_batch_size / (now - since)
+    record["input_wait_share"] = waited / (now - since)
+    if run.bad is not None:
+      record["bad_examples"] = run.bad.write()
+    run.metrics.train(number, number / run.steps_per_epoch, record)
+    run.seconds += now - since
+    if save:
+      run.metrics.flush()
+      run.checkpoints.save(number, run.seconds)
+      saved = time.monotonic()
+    since, waited, losses, errors = time.perf_counter(), 0.0, [], []
+  run.metrics.flush()
+  return run.done == last and not asked
 
 
-def _require_finite(loss: float, name: str, step_number: int, recipe: Recipe):
-  if not math.isfinite(loss):
-    raise UserError(
-      f"The {name} is {loss} after step {step_number} (peak rate {recipe.peak_learning_rate:g}, kn "
-      f"{recipe.global_batch_size}): training diverged; a longer warmup or a lower "
-      "reference_learning_rate would do."
-    )
+def _divergence(what: str, number: int, run: _Run, bad_from: int) -> UserError:
+  """Of a loss after step `number` that is not finite, for the weights after `bad_from` steps."""
+  run.checkpoints.discard_from(bad_from)
+  newest = run.checkpoints.newest_step()
+  recipe = run.recipe
+  return UserError(
+    f"Training diverged: the {what} at step {number}, epoch {number / run.steps_per_epoch:.2f}, "
+    f"with kn = {recipe.workers} x {recipe.per_worker_batch_size} = {recipe.global_batch_size} and "
+    f"a peak rate of {recipe.peak_learning_rate:g}; the last good checkpoint is "
+    f"{'none' if newest is None else f'that of step {newest}'}. A gradual warmup (--warmup), a "
+    "longer one (--warmup_epochs), a lower --reference_learning_rate or a smaller minibatch would "
+    "do, in another work_dir."
+  )
+
+
+def _interruption(run: _Run, total_steps: int) -> InterruptedRunError:
+  number = signal.SIGTERM if run.stop.signal is None else run.stop.signal
+  asked = "another task was asked to" if run.stop.signal is None else signal.Signals(number).name
+  newest = run.checkpoints.newest_step()
+  saved = "saved" if newest == run.done else f"not saved; the newest checkpoint: step {newest or 0}"
+  return InterruptedRunError(
+    f"Stopped ({asked}) after step {run.done} of {total_steps}, {saved}; the same command goes on "
+    "from there.",
+    128 + number,
+  )
 
 
 def make_evaluation(
-  strategy, model, recipe: Recipe, source, batch_size: int, bad: BadExamples | None = None
+  strategy,
+  model,
+  recipe: Recipe,
+  source,
+  batch_size: int,
+  bad: BadExamples | None = None,
+  stop: StopRequest | None = None,
 ):
-  """A function that evaluates `model` on every example of `source`: {"loss", "error"}."""
+  """A function that evaluates `model` on every example of `source`.
+
+  It returns {"loss", "error"}, or None where a task was asked to stop.
+  """
   replicas = strategy.num_replicas_in_sync
   steps = input_pipeline.evaluation_steps(source, batch_size, replicas)
 
@@ -395,18 +537,35 @@ def make_evaluation(
   evaluation_step = step.make_evaluation_step(strategy, model)
   distributed = _on_devices(strategy, dataset)
 
-  def evaluate() -> dict[str, float]:
+  def evaluate() -> dict[str, float] | None:
     batches = iter(distributed)
-    sums = [
-      evaluation_step(_next(batches, recipe.validation_split, source, ids(number)))
-      for number in range(steps)
-    ]
-    loss, errors, count, unreadable = (sum(float(values[i]) for values in sums) for i in range(4))
+    sums, previous = np.zeros(4), None
+    for number in range(steps):
+      batch = _next(batches, recipe.validation_split, source, ids(number))
+      asked = tf.constant(float(stop is not None and stop.signal is not None))
+      values = evaluation_step(batch, asked)
+      if previous is not None:
+        *addends, asked = map(float, previous)
+        sums += addends
+        if asked:
+          return None
+      previous = values
+    loss, errors, count, unreadable = sums + list(map(float, previous[:4]))
     if count + unreadable != source.num_examples:
       raise AssertionError(f"Evaluated {count + unreadable:g} examples of {source.num_examples}.")
-    return {"loss": loss / count, "error": errors / count}
+    return {"loss": float(loss / count), "error": float(errors / count)}
 
   return evaluate
+
+
+def _with_workers_of_the_run(recipe: Recipe, work_dir: str) -> Recipe:
+  """Where k was left out, that of the run that is continued, whatever the devices are now."""
+  if recipe.workers is None:
+    # What is wrong with the file, `find_run` tells.
+    with contextlib.suppress(*files.FAILURES, ValueError, TypeError, KeyError):
+      workers = files.read_json(os.path.join(work_dir, "recipe.json"))["recipe"]["workers"]
+      return dataclasses.replace(recipe, workers=workers)
+  return recipe
 
 
 def find_run(work_dir: str, recipe: Recipe) -> dict | None:
@@ -419,10 +578,10 @@ def find_run(work_dir: str, recipe: Recipe) -> dict | None:
   if not tf.io.gfile.exists(path):
     return None
   try:
-    there = _read_json(path)["recipe"].items()
+    there = files.read_json(path)["recipe"].items()
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
-      f"{path} is no recipe of a run ({_first_line(error)}); choose another work_dir."
+      f"{path} is no recipe of a run ({first_line(error)}); choose another work_dir."
     ) from error
   there, now = dict(there), recipe.to_dict()
   differences = [
@@ -439,10 +598,10 @@ def find_run(work_dir: str, recipe: Recipe) -> dict | None:
   if not tf.io.gfile.exists(path):
     return None
   try:
-    return dict(_read_json(path))
+    return dict(files.read_json(path))
   except (ValueError, TypeError) as error:
     raise UserError(
-      f"{path} is no result of a run ({_first_line(error)}); remove it to continue the run."
+      f"{path} is no result of a run ({first_line(error)}); remove it to continue the run."
     ) from error
 
 
@@ -451,32 +610,68 @@ def _make_writable(work_dir: str):
   try:
     tf.io.gfile.makedirs(work_dir)
     probe = os.path.join(work_dir, f".probe-{os.getpid()}")
-    _write_text(probe, "")
+    files.write_text(probe, "." * 4096)  # An empty file fits on a full disk.
     tf.io.gfile.remove(probe)
-  except (OSError, tf.errors.OpError) as error:
+  except files.FAILURES as error:
     raise UserError(
-      f"work_dir={work_dir} cannot be written ({_first_line(error)}); name a directory that can."
+      f"work_dir={work_dir} cannot be written ({first_line(error)}); name a directory that can."
     ) from error
 
 
-def _require_agreement(strategy, facts: tuple, otherwise: str):
-  """All tasks must have come to the same facts, or they would wait for each other for ever."""
-  digest = zlib.crc32(repr(facts).encode())
+@contextlib.contextmanager
+def _only_run_in(work_dir: str):
+  """Refuses a second run in a local or NFS directory; the lock ends with the process.
+
+  Raises:
+    UserError: another run is at work there.
+  """
+  if "://" in work_dir:
+    yield  # An object store has no locks.
+    return
+  with open(os.path.join(work_dir, ".lock"), "a+") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      raise UserError(
+        f"work_dir={work_dir} is in use by a run ({file.read().strip()}); end that one first, or "
+        "choose another work_dir."
+      ) from error
+    except OSError as error:
+      logging.warning("%s cannot be locked (%s).", file.name, first_line(error))
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    yield
+
+
+def _gather(strategy, value: float) -> np.ndarray:
+  """The replicas' values, float64, in order; waits for all."""
 
   @tf.function
   def gather():
     def replica():
       context = tf.distribute.get_replica_context()
       index, count = context.replica_id_in_sync_group, strategy.num_replicas_in_sync
-      # Exact: each place of the sum is one digest and zeros.
-      mine = tf.one_hot(index, count, tf.constant(digest, tf.float64), dtype=tf.float64)
+      # Exact: each place of the sum is one value and zeros.
+      mine = tf.one_hot(index, count, tf.constant(value, tf.float64), dtype=tf.float64)
       return context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
 
     return strategy.run(replica)
 
-  found = strategy.experimental_local_results(gather())[0].numpy()
-  if len(set(found)) > 1:
+  return strategy.experimental_local_results(gather())[0].numpy()
+
+
+def _require_agreement(strategy, facts: tuple, otherwise: str):
+  """All tasks must have come to the same facts, or they would wait for each other for ever."""
+  if len(set(_gather(strategy, zlib.crc32(repr(facts).encode())))) > 1:
     raise UserError(f"The tasks do not agree: {otherwise}.")
+
+
+def _meet(strategy):
+  """Waits for all tasks, for one that ends early takes what the others still fetch from it."""
+  with contextlib.suppress(tf.errors.OpError):  # One that has gone on already is no loss.
+    _gather(strategy, 0.0)
 
 
 def weights_sha256(model: keras.Model) -> str:
@@ -494,8 +689,8 @@ def _export(model: keras.Model, recipe: Recipe, num_classes: int, path: str):
   with tempfile.TemporaryDirectory() as directory:
     local = os.path.join(directory, "model.keras")
     plain.save(local)
-    tf.io.gfile.copy(local, f"{path}.partial", overwrite=True)
-  tf.io.gfile.rename(f"{path}.partial", path, overwrite=True)
+    with open(local, "rb") as saved, files.replacing(path, "wb") as file:
+      shutil.copyfileobj(saved, file)
 
 
 def _log_arithmetic(recipe: Recipe, derived: dict, source, validation, cluster: dict):
@@ -535,22 +730,3 @@ def versions() -> dict[str, str]:
   packages = ("tensorflow", "keras", "tensorflow-datasets", "numpy")
   found = {name: importlib.metadata.version(name) for name in packages}
   return {"python": platform.python_version(), **found}
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _read_json(path: str):
-  with tf.io.gfile.GFile(path) as file:
-    return json.loads(file.read())
-
-
-def _write_json(path: str, value):
-  _write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def _write_text(path: str, text: str):
-  with tf.io.gfile.GFile(f"{path}.partial", "w") as file:
-    file.write(text)
-  tf.io.gfile.rename(f"{path}.partial", path, overwrite=True)

@@ -4,8 +4,11 @@ r"""Starts several tasks on this machine, with `TF_CONFIG` set, as one program.
   python -m tools.launch_local --tasks=2 --module=tools.verify -- …
 
 What follows `--` goes to every task. Each line of their output is printed behind
-`[task r]`. If a task fails, the others are ended and its status is returned (128
-+ signal if a signal ended it), so too with 130 or 143 after SIGINT or SIGTERM.
+`[task r]`. If a task fails, the others are asked to end by SIGTERM (and killed
+after --grace_seconds) and its status is returned, 128 + signal if a signal ended
+it. With --max_restarts=R all tasks are then started again, up to R times, after 1,
+2, 4, … 60 seconds; not if the status is 1 or 2, which a restart would not mend.
+SIGINT and SIGTERM are passed on, and end the launcher with 130 or 143.
 
 The tasks share the machine's cores, divided by TF_NUM_INTRAOP_THREADS,
 TF_NUM_INTEROP_THREADS and OMP_NUM_THREADS unless these are set. GPUs are not
@@ -15,6 +18,7 @@ divided: on a machine with GPUs run one task, or set CUDA_VISIBLE_DEVICES=-1.
 import contextlib
 import ctypes
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -30,9 +34,16 @@ from tf_largebatch.errors import UserError
 
 _TASKS = flags.DEFINE_integer("tasks", 2, "Number of tasks to start.")
 _MODULE = flags.DEFINE_string("module", "tf_largebatch.train", "Module that each task runs.")
+_MAX_RESTARTS = flags.DEFINE_integer(
+  "max_restarts", 0, "Times that all tasks are started again after one failed.", lower_bound=0
+)
+_GRACE_SECONDS = flags.DEFINE_float(
+  "grace_seconds", 30.0, "Seconds from SIGTERM, on which a task saves, to SIGKILL.", lower_bound=0
+)
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_GRACE_SECONDS = 5.0  # From SIGTERM to SIGKILL.
+_NEED_THE_USER = (1, 2)  # Statuses of a mistake that the next start would make again.
+_LONGEST_PAUSE_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1  # From <sys/prctl.h>.
 
 
@@ -101,8 +112,12 @@ def _ended(task: subprocess.Popen) -> os.waitid_result | None:
   return os.waitid(os.P_PID, task.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
 
-def _wait(tasks: list[subprocess.Popen]) -> int:
-  """Waits for all to succeed, one to fail or a signal to stop; returns the status."""
+def _wait(tasks: list[subprocess.Popen]) -> tuple[int, bool]:
+  """Waits for all to succeed, one to fail or a signal to stop.
+
+  Returns:
+    The status, and whether a signal to the launcher stopped the waiting.
+  """
   while True:
     results = [_ended(task) for task in tasks]
     for index, result in enumerate(results):
@@ -110,29 +125,64 @@ def _wait(tasks: list[subprocess.Popen]) -> int:
         # si_status is the signal's number if a signal ended the task.
         exited = result.si_code == os.CLD_EXITED
         how = f"status {result.si_status}" if exited else f"signal {result.si_status}"
-        print(f"error: task {index} ended with {how}; ending the others", file=sys.stderr)
-        return result.si_status if exited else 128 + result.si_status
+        print(
+          f"error: task {index} ended with {how}; ending the others", file=sys.stderr, flush=True
+        )
+        return (result.si_status if exited else 128 + result.si_status), False
     if all(results):
-      return 0
+      return 0, False
     stop = signal.sigtimedwait(_STOP_SIGNALS, 0.05)
     if stop:
-      return 128 + stop.si_signo
+      return 128 + stop.si_signo, True
 
 
-def _end(tasks: list[subprocess.Popen]) -> None:
-  """Ends the tasks' process groups: SIGTERM, some seconds, SIGKILL."""
-  for task in tasks:
-    os.killpg(task.pid, signal.SIGTERM)
-  deadline = time.monotonic() + _GRACE_SECONDS
+def _end(tasks: list[subprocess.Popen], number: int) -> None:
+  """Ends the tasks' process groups: the signal, some seconds, SIGKILL.
+
+  A signal that comes meanwhile is passed on too: asked twice, a trainer ends at once.
+  """
+  _signal(tasks, number)
+  deadline = time.monotonic() + _GRACE_SECONDS.value
   while time.monotonic() < deadline and not all(_ended(task) for task in tasks):
-    time.sleep(0.05)
+    again = signal.sigtimedwait(_STOP_SIGNALS, 0.05)
+    if again:
+      _signal(tasks, again.si_signo)
   for task in tasks:
     os.killpg(task.pid, signal.SIGKILL)  # Also what a task started and left behind.
     task.wait()
 
 
+def _signal(tasks: list[subprocess.Popen], number: int) -> None:
+  for task in tasks:
+    os.killpg(task.pid, number)
+    os.killpg(task.pid, signal.SIGCONT)  # One that was stopped would not hear it.
+
+
+def _run_once(num_tasks: int, module: str, arguments: list[str]) -> tuple[int, bool]:
+  """Runs the tasks to their end; the status, and whether a signal to the launcher stopped them."""
+  addresses = _free_addresses(num_tasks)
+  lock = threading.Lock()
+  tasks, printers = [], []
+  number, stopped = signal.SIGTERM, False
+  try:
+    # The printers of an earlier start have ended: threads and preexec_fn do not go together.
+    for index in range(num_tasks):
+      tasks.append(_start(module, arguments, addresses, index))
+    for index, task in enumerate(tasks):
+      printers.append(threading.Thread(target=_print_lines, args=(task, index, lock), daemon=True))
+      printers[-1].start()
+    status, stopped = _wait(tasks)
+    if stopped:
+      number = status - 128
+    return status, stopped
+  finally:
+    _end(tasks, number)
+    for printer in printers:
+      printer.join(5.0)  # Not forever, should the pipe be held by a stranger.
+
+
 def _launch(num_tasks: int, module: str, arguments: list[str]) -> int:
-  """Runs the tasks to their end and returns the status.
+  """Runs the tasks to their end, again where that helps, and returns the status.
 
   Raises:
     UserError: the number of tasks or the module will not do.
@@ -148,21 +198,17 @@ def _launch(num_tasks: int, module: str, arguments: list[str]) -> int:
 
   # Blocked from here on and fetched by `_wait`, so that no handler breaks into `_end`.
   signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-  addresses = _free_addresses(num_tasks)
-  lock = threading.Lock()
-  tasks, printers = [], []
-  try:
-    # The launcher has no threads yet: those and preexec_fn do not go together.
-    for index in range(num_tasks):
-      tasks.append(_start(module, arguments, addresses, index))
-    for index, task in enumerate(tasks):
-      printers.append(threading.Thread(target=_print_lines, args=(task, index, lock), daemon=True))
-      printers[-1].start()
-    return _wait(tasks)
-  finally:
-    _end(tasks)
-    for printer in printers:
-      printer.join(_GRACE_SECONDS)  # Not forever, should the pipe be held by a stranger.
+  for restart in itertools.count():
+    status, stopped = _run_once(num_tasks, module, arguments)
+    if stopped or not status or status in _NEED_THE_USER or restart == _MAX_RESTARTS.value:
+      return status
+    pause = min(2.0**restart, _LONGEST_PAUSE_SECONDS)
+    print(
+      f"Restart {restart + 1} of {_MAX_RESTARTS.value} in {pause:g} s.", file=sys.stderr, flush=True
+    )
+    stop = signal.sigtimedwait(_STOP_SIGNALS, pause)
+    if stop:
+      return 128 + stop.si_signo
 
 
 def main(argv: list[str]) -> int:

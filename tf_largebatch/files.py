@@ -1,0 +1,51 @@
+"""Files that are whole or not there, wherever tf.io.gfile reaches."""
+
+import contextlib
+import json
+
+import tensorflow as tf
+
+# What reading and writing them raises.
+FAILURES = (OSError, tf.errors.OpError)
+
+
+@contextlib.contextmanager
+def replacing(path: str, mode: str, suffix: str = ".partial"):
+  """A file that takes its name, and another's place, when all of it is written.
+
+  Args:
+    path: its name.
+    mode: "w" or "wb".
+    suffix: of its name until then; one of its own where several processes write the same file.
+  """
+  partial = path + suffix
+  try:
+    with tf.io.gfile.GFile(partial, mode) as file:
+      yield file
+    tf.io.gfile.rename(partial, path, overwrite=True)
+  except BaseException:
+    with contextlib.suppress(*FAILURES):
+      tf.io.gfile.remove(partial)  # A full disk needs the room.
+    raise
+
+
+def read_text(path: str) -> str:
+  with tf.io.gfile.GFile(path) as file:
+    return file.read()
+
+
+def write_text(path: str, text: str) -> None:
+  with replacing(path, "w") as file:
+    file.write(text)
+
+
+def read_json(path: str):
+  """
+  Raises:
+    ValueError: it is no JSON.
+  """
+  return json.loads(read_text(path))
+
+
+def write_json(path: str, value) -> None:
+  write_text(path, json.dumps(value, indent=2) + "\n")
