@@ -123,7 +123,9 @@ def target_problems(tree):
       expected = ("filegroup", ":pytest_main")
     elif is_test(module):
       expected = ("py_test", label(module))
-    elif module == _PROGRAM or (module.startswith("tools.") and module not in _LIBRARIES):
+    elif path.endswith("/__init__.py") or module in _LIBRARIES:
+      expected = ("py_library", label(module))
+    elif module == _PROGRAM or module.startswith("tools."):
       expected = ("py_binary", label(module))
     else:
       expected = ("py_library", label(module))
