@@ -320,14 +320,6 @@ def test_cut_off_before_the_result_was_written(run, tmp_path):
   assert (copy / "model.keras").exists()
 
 
-def test_damaged_results_are_told_in_one_line(run, tmp_path):
-  copy = tmp_path / "copy"
-  shutil.copytree(run[0], copy)
-  (copy / "result.json").write_text('{"status": "comp')
-  with pytest.raises(UserError, match="is no result of a run"):
-    train(copy)
-
-
 @pytest.mark.parametrize(
   "workers, replicas, suggestion", [(3, 2, "2 or 4"), (1, 4, "such as 4"), (33, 8, "32 or 40")]
 )

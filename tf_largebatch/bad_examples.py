@@ -8,6 +8,7 @@ import tensorflow as tf
 from absl import logging
 
 from tf_largebatch import files, sources
+from tf_largebatch.errors import UserError, first_line
 
 
 class BadExamples:
@@ -57,4 +58,12 @@ class BadExamples:
 def _read(path: str) -> list[dict]:
   if not tf.io.gfile.exists(path):
     return []
-  return [json.loads(line) for line in files.read_text(path).splitlines()]
+  try:
+    lines = [files.parse_json(line) for line in files.read_text(path).splitlines()]
+    for line in lines:
+      hash((line["split"], line["example"], line["fault"]))
+  except (*files.FAILURES, ValueError, TypeError, KeyError) as error:
+    raise UserError(
+      f"{path} is no list of bad examples ({first_line(error)}); move it away to begin a new one."
+    ) from error
+  return lines

@@ -54,7 +54,7 @@ class Manifest:
     Raises:
       ValueError: it is none, or not as it was written.
     """
-    fields = json.loads(text)
+    fields = files.parse_json(text)
     if not isinstance(fields, dict):
       raise ValueError("no manifest")
     if fields.pop("manifest_sha256", None) != _sha256_of_fields(fields):
@@ -102,9 +102,17 @@ class Checkpoints:
       Its manifest; None where there is no checkpoint.
 
     Raises:
-      UserError: the checkpoint belongs to another network or optimizer.
+      UserError: the checkpoint belongs to another network or optimizer, or something else than a
+        directory is in the checkpoints' place.
     """
-    for name in reversed(_manifests(self._directory)):
+    try:
+      names = _manifests(self._directory)
+    except files.FAILURES as error:
+      raise UserError(
+        f"The checkpoints {self._directory} cannot be listed ({first_line(error)}); move away what "
+        "is there, or choose another work_dir."
+      ) from error
+    for name in reversed(names):
       path = os.path.join(self._directory, name)
       try:
         manifest, arrays = self._read(path)

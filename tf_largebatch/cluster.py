@@ -28,7 +28,8 @@ if TYPE_CHECKING:  # At run time later: a bad TF_CONFIG is told before the slow 
 _LOSS = re.compile(
   r"Collective ops is aborted|CoordinationService|/task:\d+|UNAVAILABLE|Unavailable"
 )
-_ADDRESS = re.compile(r"(?:[^\s:/\[\]]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
+# A name or an IPv4 address, or an IPv6 address in brackets; a port.
+_ADDRESS = re.compile(r"(?:[0-9A-Za-z._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def read_cluster(environ: Mapping[str, str] = os.environ) -> Cluster:
   text = environ["TF_CONFIG"]
   try:
     config = json.loads(text)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:  # The second of one that is nested too deep.
     raise _error(f"not JSON ({error})", text, "a JSON object, or unset it for one task") from error
   if not isinstance(config, dict):
     raise _error("not a JSON object", config, 'an object with the keys "cluster" and "task"')

@@ -1,9 +1,13 @@
 """The exceptions that are told in one line: a user's mistake, and a run that was interrupted."""
 
+import re
+
 # Exit statuses of the binary. Those from 128 on, as for processes that a signal ended, mean that
 # the same command, run again, goes on; 138 is what Kubeflow's operators leave to the program.
 NEEDS_THE_USER = 1
 LOST_TASK = 138
+
+_LONGEST_MESSAGE = 2000
 
 
 class UserError(ValueError):
@@ -16,6 +20,9 @@ class UserError(ValueError):
 
   status = NEEDS_THE_USER
 
+  def __init__(self, message: str):
+    super().__init__(one_line(message))
+
 
 class InterruptedRunError(RuntimeError):
   """A run that ended before its time and goes on when the same command is run again.
@@ -25,10 +32,26 @@ class InterruptedRunError(RuntimeError):
   """
 
   def __init__(self, message: str, status: int):
-    super().__init__(message)
+    super().__init__(one_line(message))
     self.status = status
 
 
 def first_line(error: Exception) -> str:
-  """The first line of what an exception says, or its name where it says nothing."""
-  return (str(error) or type(error).__name__).splitlines()[0]
+  """The first line of what an exception says, or its name where it says nothing.
+
+  TensorFlow's names for the op that failed are left out.
+  """
+  lines = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", str(error)).strip().splitlines()
+  return lines[0] if lines else type(error).__name__
+
+
+def one_line(text: str) -> str:
+  """The text as one line: what cannot be printed is escaped, and a long text loses its middle.
+
+  Messages quote what was given, which may hold anything and be of any length; what is wrong with it
+  and what would do stand before and behind it.
+  """
+  if len(text) > _LONGEST_MESSAGE:
+    half = _LONGEST_MESSAGE // 2
+    text = f"{text[:half]} … {text[-half:]}"
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

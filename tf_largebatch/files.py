@@ -39,12 +39,23 @@ def write_text(path: str, text: str) -> None:
     file.write(text)
 
 
+def parse_json(text: str | bytes):
+  """
+  Raises:
+    ValueError: it is no JSON, or is nested deeper than any of ours.
+  """
+  try:
+    return json.loads(text)
+  except RecursionError as error:
+    raise ValueError("nested too deep") from error
+
+
 def read_json(path: str):
   """
   Raises:
     ValueError: it is no JSON.
   """
-  return json.loads(read_text(path))
+  return parse_json(read_text(path))
 
 
 def write_json(path: str, value) -> None:

@@ -1,6 +1,7 @@
 """Scalars of a run → TensorBoard, JSON lines, and the terminal."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from absl import logging
 from tensorboard.plugins.hparams import api as hparams
 
 from tf_largebatch import files
-from tf_largebatch.errors import first_line
+from tf_largebatch.errors import UserError, first_line
 
 _SECONDS_BETWEEN_LINES = 10.0
 # TensorBoard's group of the scalars of each kind of record.
@@ -21,7 +22,7 @@ _GROUPS = {"train": "train", "eval": "validation"}
 
 
 class MetricsWriter:
-  """Writes what the chief sees of a run; a context manager.
+  """Writes what the chief sees of a run; a context manager, which writes nothing over before.
 
   `work_dir/metrics.jsonl` has one object a line: {"kind": "train" | "eval", "step", "epoch", …}.
   Lines past `first_step` (of a sitting that was cut off) are dropped, for they will come again.
@@ -44,16 +45,34 @@ class MetricsWriter:
       evaluated_epochs: epochs whose evaluation is done already; by default all up to first_step.
     """
     self._path = os.path.join(work_dir, "metrics.jsonl")
+    records = _read(self._path)
+    try:
+      # The last line may have been cut off; what else is damaged is kept, though not in the way.
+      if None in records[:-1]:
+        kept = self._path + ".damaged"
+        tf.io.gfile.copy(self._path, kept, overwrite=True)
+        logging.warning(
+          "%d lines of %s are no records and left out; the file as it was is %s.",
+          records.count(None),
+          self._path,
+          kept,
+        )
+      self._summaries = tf.summary.create_file_writer(os.path.join(work_dir, "tensorboard"))
+    except files.FAILURES as error:
+      raise UserError(
+        f"The metrics and the tensorboard in {work_dir} cannot be written ({first_line(error)}); "
+        "make room there."
+      ) from error
     self._records = [
       record
-      for record in read_metrics(work_dir)
-      if record["step"] <= first_step
+      for record in records
+      if record is not None
+      and record["step"] <= first_step
       and (record["kind"] != "eval" or record["epoch"] <= evaluated_epochs)
     ]
     self.evaluations = [record for record in self._records if record["kind"] == "eval"]
     self._lines = None  # Open while all records are in the file or in its buffer.
     self._failing = False
-    self._summaries = tf.summary.create_file_writer(os.path.join(work_dir, "tensorboard"))
     with self._summaries.as_default(step=first_step):
       rows = "".join(f"\n| {name} | {value} |" for name, value in recipe.items())
       tf.summary.text("recipe", f"| field | value |\n| --- | --- |{rows}")
@@ -63,9 +82,9 @@ class MetricsWriter:
     self._bar = None
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
-    self.flush()
 
   def __enter__(self):
+    self.flush()
     return self
 
   def __exit__(self, *exception):
@@ -143,17 +162,36 @@ class MetricsWriter:
 
 def read_metrics(work_dir: str) -> list[dict]:
   """The records of `metrics.jsonl`, in order; a line that is none (cut off, say) ends the list."""
-  path = os.path.join(work_dir, "metrics.jsonl")
-  if not tf.io.gfile.exists(path):
-    return []
-  records = []
-  for line in files.read_text(path).splitlines():
-    try:
-      record = json.loads(line)
-      records.append({**record, "step": int(record["step"]), "kind": str(record["kind"])})
-    except (ValueError, TypeError, KeyError):
-      break
-  return records
+  records = _read(os.path.join(work_dir, "metrics.jsonl"))
+  return list(itertools.takewhile(lambda record: record is not None, records))
+
+
+def _read(path: str) -> list[dict | None]:
+  """Each line's record, None where it is none.
+
+  Raises:
+    UserError: it cannot be read, being a directory, say.
+  """
+  try:
+    if not tf.io.gfile.exists(path):
+      return []
+    with tf.io.gfile.GFile(path, "rb") as file:
+      lines = file.read().splitlines()
+  except files.FAILURES as error:
+    raise UserError(
+      f"The metrics {path} cannot be read ({first_line(error)}); move away what is there."
+    ) from error
+  return list(map(_record, lines))
+
+
+def _record(line: bytes) -> dict | None:
+  try:
+    record = files.parse_json(line)
+    if not all(isinstance(record[name], int | float) for name in ("epoch", "error")):
+      return None
+    return {**record, "step": int(record["step"]), "kind": str(record["kind"])}
+  except (ValueError, TypeError, KeyError, OverflowError):
+    return None
 
 
 def _hparam(value):

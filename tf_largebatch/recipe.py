@@ -135,10 +135,11 @@ class Recipe:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
-    self._require("workers", self.workers is None or self.workers >= 1, "at least 1")
-    self._require("image_size", self.image_size is None or self.image_size >= 1, "at least 1")
-    for name in ("per_worker_batch_size", "epochs", "reference_batch_size"):
-      self._require(name, getattr(self, name) >= 1, "at least 1")
+    for name in ("workers", "per_worker_batch_size", "epochs", "reference_batch_size"):
+      value = getattr(self, name)
+      self._require(name, value is None or 1 <= value < 2**31, "at least 1 and below 2^31")
+    size = self.image_size
+    self._require("image_size", size is None or 1 <= size < 2**16, "at least 1 and below 2^16")
     for name in ("reference_learning_rate", "batch_norm_epsilon", "decay_factor"):
       self._require(name, getattr(self, name) > 0, "above 0")
     for name in ("momentum", "batch_norm_momentum", "label_smoothing"):
@@ -154,13 +155,16 @@ class Recipe:
     decays = self.decay_epochs
     self._require(
       "decay_epochs",
-      all(x > 0 for x in decays) and all(a < b for a, b in itertools.pairwise(decays)),
-      "above 0 and each later than the one before",
+      all(0 < x < 2**31 for x in decays) and all(a < b for a, b in itertools.pairwise(decays)),
+      "above 0, below 2^31 and each later than the one before",
     )
     if self.channel_mean is not None:
       self._require("channel_mean", all(0 <= x <= 255 for x in self.channel_mean), "in [0, 255]")
     if self.channel_std is not None:
       self._require("channel_std", all(x > 0 for x in self.channel_std), "above 0 in all channels")
+    if self.workers is not None:
+      finite = math.isfinite(self.peak_learning_rate)
+      self._require("reference_learning_rate", finite, "finite when scaled to the minibatch too")
 
   def _require(self, name: str, holds: bool, would_do: str):
     if not holds:

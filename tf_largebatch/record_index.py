@@ -69,8 +69,11 @@ def record_offsets(
 
 def _size(filename: str) -> int:
   try:
-    return tf.io.gfile.stat(filename).length
-  except tf.errors.OpError as error:
+    found = tf.io.gfile.stat(filename)
+    if found.is_directory:
+      raise IsADirectoryError("it is a directory")
+    return found.length
+  except files.FAILURES as error:
     raise UserError(
       f"{filename}, a shard of the data set, cannot be read ({first_line(error)}); put it back, "
       "or prepare the data set again."
@@ -151,9 +154,9 @@ def _check_headers(filename: str, offsets: list[int], headers: list[bytes]):
 
 def _load(path: str, filenames: list[str], sizes: np.ndarray) -> list[np.ndarray] | None:
   """The saved offsets, or None where there are none of these shards as they are now."""
-  if not tf.io.gfile.exists(path):
-    return None
   try:
+    if not tf.io.gfile.exists(path):
+      return None
     with tf.io.gfile.GFile(path, "rb") as file:
       saved = np.load(io.BytesIO(file.read()), allow_pickle=False)
     same = saved["filenames"].tolist() == filenames and np.array_equal(saved["sizes"], sizes)

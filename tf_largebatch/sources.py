@@ -381,12 +381,12 @@ def _open_records(info, selected, index_dir: str | None) -> _RecordSource:
   )
 
 
-def _require_memory(num_bytes: int):
+def _require_memory(num_bytes: int, would_do: str = "--nocache"):
   free = psutil.virtual_memory().available
   if num_bytes > 0.9 * free:
     raise UserError(
       f"The split takes {num_bytes / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are "
-      "free; --nocache would do."
+      f"free; {would_do} would do."
     )
 
 
@@ -399,14 +399,21 @@ def _first_line(error: Exception) -> str:
 
 
 def _open_synthetic(split: str, image_size: int) -> SyntheticSource:
-  match = re.fullmatch(r"(\w+)(?:\[:(\d+)\])?", split)
-  if not match or match[1] not in _SYNTHETIC_SPLITS or match[2] == "0":
+  match = re.fullmatch(r"(\w+)(?:\[:0*([1-9][0-9]{0,17})\])?", split)
+  if not match or match[1] not in _SYNTHETIC_SPLITS:
     raise _missing_split("synthetic", split, _SYNTHETIC_SPLITS)
   num_examples = min(int(match[2] or 2**63), _SYNTHETIC_SPLITS[match[1]])
+  pixels = sum(SyntheticSource._NOISES) * image_size**2 * 3
+  _require_memory(5 * pixels, f"an image_size below {image_size}")  # As integers and as bytes.
   return SyntheticSource(num_examples, _SYNTHETIC_CLASSES, (image_size, image_size, 3))
 
 
 def _missing_split(dataset: str, split: str, splits) -> UserError:
+  if not splits:
+    return UserError(
+      f"{dataset} has no splits at all: what lies in its directory was not prepared to the end; "
+      "move it away and prepare it again."
+    )
   return UserError(
     f"{dataset} has no split {split!r}; it has {', '.join(splits)}, and slices such as "
     f"{next(iter(splits))}[:1000]."

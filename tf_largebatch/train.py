@@ -6,16 +6,19 @@ Every field of `Recipe` is a flag of the same name. On several machines the same
 each with its own `TF_CONFIG`.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import logging as stdlib_logging
+import math
 import os
 import sys
 
 from absl import app, flags, logging
 
 from tf_largebatch.cluster import read_cluster
-from tf_largebatch.errors import InterruptedRunError, UserError
+from tf_largebatch.errors import InterruptedRunError, UserError, first_line
 from tf_largebatch.preemption import StopRequest, end_process
 from tf_largebatch.recipe import Recipe
 
@@ -33,6 +36,8 @@ _FIELDS = dataclasses.fields(Recipe)
 for _field in _FIELDS:
   _default = list(map(str, _field.default)) if isinstance(_field.default, tuple) else _field.default
   _DEFINE[_field.type](_field.name, _default, _field.metadata["help"])
+
+_LONGEST_PATH = 3000  # Linux takes 4096 bytes, and files lie in it.
 
 # What follows decides where and how a run goes on, never what it computes.
 _RUN_FLAGS = (
@@ -72,7 +77,11 @@ _RUN_FLAGS = (
     lower_bound=1,
   ),
   flags.DEFINE_integer(
-    "evaluation_batch_size", 128, "Images that a device evaluates at once.", lower_bound=1
+    "evaluation_batch_size",
+    128,
+    "Images that a device evaluates at once.",
+    lower_bound=1,
+    upper_bound=2**31 - 1,
   ),
   flags.DEFINE_integer(
     "checkpoint_every_steps",
@@ -132,6 +141,13 @@ def _train(argv, stop: StopRequest) -> int:
   recipe, cluster = recipe_from_flags(), read_cluster()
   if not flags.FLAGS.work_dir:
     raise UserError("No --work_dir was given; name a directory for what the run leaves.")
+  for name in ("work_dir", "data_dir", "index_dir"):
+    _check_path(name, flags.FLAGS[name].value)
+  if not math.isfinite(flags.FLAGS.checkpoint_every_minutes):
+    raise UserError(
+      f"checkpoint_every_minutes={flags.FLAGS.checkpoint_every_minutes} is refused; it must be "
+      "finite (0: no checkpoints by the clock)."
+    )
   if (recipe.workers or 1) >= 2 and (os.cpu_count() or 1) <= 2:
     # Two workers' passes at once, a thread each, beat two threads for each op of one.
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
@@ -164,6 +180,44 @@ def _train(argv, stop: StopRequest) -> int:
   return 0
 
 
+def _check_path(name: str, path: str):
+  """TensorFlow would take a path with a NUL for what stands before it: another directory."""
+  surrogates = any("\ud800" <= character <= "\udfff" for character in path)  # It was not UTF-8.
+  if not path or "\0" in path or surrogates or len(path) > _LONGEST_PATH:
+    raise UserError(
+      f"--{name}={path!r} can be no directory's name; give one in UTF-8 of 1 to {_LONGEST_PATH} "
+      "characters."
+    )
+
+
+def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+  """Parses the flags and flagfiles; returns what is left of argv.
+
+  Raises:
+    UserError: one cannot be read, is unknown or has a bad value; a flagfile names itself.
+  """
+  flagfiles = " ".join(word for word in argv if "flagfile" in word)
+  said = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(said):
+      left = values(argv)
+  except flags.Error as error:
+    raise UserError(f"{str(error).removeprefix('ERROR:: ')} (--helpfull tells all).") from error
+  except ValueError as error:  # Of a flagfile alone: values that are wrong raise the other.
+    raise UserError(f"{flagfiles}: no file of flags ({first_line(error)}).") from error
+  if said.getvalue():  # Absl only warns of a flagfile that comes round to itself.
+    raise UserError(said.getvalue().strip())
+  return left
+
+
+def _parse_or_exit(argv: list[str]) -> list[str]:
+  try:
+    return parse_flags(argv)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.status)
+
+
 def _is_ours_or_a_warning(record) -> bool:
   return record.levelno >= stdlib_logging.WARNING or "tensorflow_datasets" not in record.pathname
 
@@ -173,7 +227,7 @@ def run():
   logging.set_verbosity(logging.INFO)
   # TensorFlow Datasets tells each file it opens.
   logging.get_absl_handler().addFilter(_is_ours_or_a_warning)
-  app.run(main)
+  app.run(main, flags_parser=_parse_or_exit)
 
 
 if __name__ == "__main__":

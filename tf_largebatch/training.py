@@ -35,6 +35,8 @@ from tf_largebatch.preemption import StopRequest
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.schedule import LinearScalingSchedule
 
+# What a run writes over in its work directory.
+_WRITTEN = ("flags.txt", "metrics.jsonl", "model.keras", "result.json", "checkpoints")
 _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float64": "float64"}
 
 
@@ -149,10 +151,6 @@ def train_and_evaluate(
     _log_arithmetic(recipe, derived, source, validation, environment["cluster"])
     if recipe.dtype == "bfloat16" and "CPU:0" in environment["cluster"]["devices_per_task"]:
       _warn_of_slow_bfloat16()
-    if cluster.is_chief:
-      facts = {"recipe": recipe.to_dict(), "derived": derived, **environment}
-      files.write_json(os.path.join(work_dir, "recipe.json"), facts)
-      files.write_text(os.path.join(work_dir, "flags.txt"), recipe.to_flagfile() + run_flags)
 
     with strategy.scope():
       model = build_model(recipe, source.num_classes)
@@ -167,6 +165,11 @@ def train_and_evaluate(
     if cluster.num_tasks > 1:
       facts = (restored, source.num_examples, validation.num_examples)
       _require_agreement(strategy, facts, f"this one restored step {done} from {work_dir}")
+    if done > derived["total_steps"]:
+      raise UserError(
+        f"work_dir={work_dir} has a checkpoint of step {done}, past the {derived['total_steps']} "
+        "of this run: the data set holds fewer examples than it did; choose another work_dir."
+      )
     begins = "Continuing from" if restored else "Beginning at"
     logging.info("%s step %d of %d.", begins, done, derived["total_steps"])
 
@@ -210,15 +213,19 @@ def train_and_evaluate(
     evaluated = done // run.steps_per_epoch
     if restored and done % run.steps_per_epoch == 0 and restored.validation_error is None:
       evaluated -= 1  # Cut off between this epoch's last step and the end of its evaluation.
-    run.metrics = held.enter_context(
-      MetricsWriter(
-        work_dir if cluster.is_chief else elsewhere,
-        recipe.to_dict() | derived,
-        done,
-        derived["total_steps"],
-        evaluated_epochs=evaluated,
-      )
+    run.metrics = MetricsWriter(
+      work_dir if cluster.is_chief else elsewhere,
+      recipe.to_dict() | derived,
+      done,
+      derived["total_steps"],
+      evaluated_epochs=evaluated,
     )
+    if cluster.is_chief:  # Only now, that nothing is wrong with what is there.
+      facts = {"recipe": recipe.to_dict(), "derived": derived, **environment}
+      with _telling_unwritable(work_dir):
+        files.write_json(os.path.join(work_dir, "recipe.json"), facts)
+        files.write_text(os.path.join(work_dir, "flags.txt"), recipe.to_flagfile() + run_flags)
+    held.enter_context(run.metrics)
     with stop.honoured():
       for epoch in range(evaluated + 1, recipe.epochs + 1):
         if _train_to(run, epoch * run.steps_per_epoch):
@@ -516,6 +523,7 @@ def make_evaluation(
   It returns {"loss", "error"}, or None where a task was asked to stop.
   """
   replicas = strategy.num_replicas_in_sync
+  batch_size = min(batch_size, -(-source.num_examples // replicas))  # More would be padding.
   steps = input_pipeline.evaluation_steps(source, batch_size, replicas)
 
   def dataset(context):
@@ -574,14 +582,20 @@ def find_run(work_dir: str, recipe: Recipe) -> dict | None:
   """The result of the run in the work directory, or None where it is not complete or not begun.
 
   Raises:
-    UserError: the directory holds another recipe's run.
+    UserError: the directory holds another recipe's run, or files that are no run's.
   """
   path = os.path.join(work_dir, "recipe.json")
-  if not tf.io.gfile.exists(path):
+  if not _exists(path):
+    foreign = [name for name in _WRITTEN if _exists(os.path.join(work_dir, name))]
+    if foreign:
+      raise UserError(
+        f"work_dir={work_dir} has no recipe.json, but {' and '.join(foreign)}, which a run would "
+        "write over; choose another work_dir."
+      )
     return None
   try:
     there = files.read_json(path)["recipe"].items()
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (*files.FAILURES, ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
       f"{path} is no recipe of a run ({first_line(error)}); choose another work_dir."
     ) from error
@@ -597,23 +611,41 @@ def find_run(work_dir: str, recipe: Recipe) -> dict | None:
       "work_dir, or that recipe to continue it."
     )
   path = os.path.join(work_dir, "result.json")
-  if not tf.io.gfile.exists(path):
+  if not _exists(path):
     return None
   try:
-    return dict(files.read_json(path))
-  except (ValueError, TypeError) as error:
+    result = files.read_json(path)
+    if not isinstance(result, dict) or result.get("status") != "complete":
+      raise ValueError("its status is not complete")
+    return result
+  except (*files.FAILURES, ValueError) as error:
     raise UserError(
       f"{path} is no result of a run ({first_line(error)}); remove it to continue the run."
     ) from error
 
 
+def _exists(path: str) -> bool:
+  try:
+    return tf.io.gfile.exists(path)
+  except files.FAILURES as error:
+    raise UserError(
+      f"{path} is out of reach ({first_line(error)}); name a work_dir that is not."
+    ) from error
+
+
 def _make_writable(work_dir: str):
   """Makes the directory if it is missing, and checks that it can be written."""
-  try:
+  with _telling_unwritable(work_dir):
     tf.io.gfile.makedirs(work_dir)
     probe = os.path.join(work_dir, f".probe-{os.getpid()}")
     files.write_text(probe, "." * 4096)  # An empty file fits on a full disk.
     tf.io.gfile.remove(probe)
+
+
+@contextlib.contextmanager
+def _telling_unwritable(work_dir: str):
+  try:
+    yield
   except files.FAILURES as error:
     raise UserError(
       f"work_dir={work_dir} cannot be written ({first_line(error)}); name a directory that can."
@@ -630,7 +662,9 @@ def _only_run_in(work_dir: str):
   if "://" in work_dir:
     yield  # An object store has no locks.
     return
-  with open(os.path.join(work_dir, ".lock"), "a+") as file:
+  with _telling_unwritable(work_dir):
+    file = open(os.path.join(work_dir, ".lock"), "a+", errors="replace")  # noqa: SIM115
+  with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
