@@ -71,6 +71,18 @@ def test_asked_twice_it_ends_at_once_although_the_main_thread_hangs():
     assert process.wait(timeout=5) == 143
 
 
+def test_two_sigterms_at_once_are_one_request():
+  """As Slurm sends them when a job is preempted."""
+  with program("honoured") as process:
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline().startswith("SIGTERM: saving at the end of this step")
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+      process.wait(timeout=2.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 143
+
+
 def test_asked_once_the_program_hears_of_it():
   with program("polls") as process:
     process.send_signal(signal.SIGTERM)

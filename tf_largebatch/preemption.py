@@ -1,12 +1,16 @@
 """SIGTERM and SIGINT as a request: save at the end of this step, then end; asked twice, at once."""
 
 import contextlib
+import math
 import os
 import signal
 import sys
 import threading
+import time
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Slurm tells of one preemption by two SIGTERMs, a tenth of a second apart.
+_SAME_REQUEST_SECONDS = 2.0
 
 
 class StopRequest:
@@ -54,6 +58,7 @@ class StopRequest:
         self._saving_helps = False
 
   def _take_signals(self, ended: threading.Event):
+    asked = -math.inf
     while not ended.is_set():
       found = signal.sigtimedwait(_SIGNALS, 0.2)
       if found is None:
@@ -61,8 +66,11 @@ class StopRequest:
       number, name = found.si_signo, signal.Signals(found.si_signo).name
       with self._lock:
         if self._saving_helps and self.signal is None:
-          self.signal = number
+          self.signal, asked = number, time.monotonic()
           _tell(f"{name}: saving at the end of this step; asked once more, the run ends at once.")
+          continue
+        repeated = self.signal == number == signal.SIGTERM
+        if repeated and time.monotonic() - asked < _SAME_REQUEST_SECONDS:
           continue
       _tell(f"error: Ended at once by {name}.")
       end_process(128 + number)
