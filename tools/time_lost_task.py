@@ -257,6 +257,7 @@ def _tasks(addresses: list[str], inside: list[list[str]], folder: pathlib.Path):
               **os.environ,
               **shared,
               "CUDA_VISIBLE_DEVICES": "-1",  # Tasks of one machine cannot share its GPUs.
+              "TMPDIR": str(folder),  # What a task that is killed leaves there goes with it.
               "TF_CONFIG": json.dumps(task),
             },
             stdin=subprocess.DEVNULL,
