@@ -14,8 +14,8 @@ import time
 import pytest
 
 from tf_largebatch import cluster as cluster_lib
-from tf_largebatch.cluster import Cluster, make_strategy, read_cluster
-from tf_largebatch.errors import InterruptedRunError, UserError
+from tf_largebatch.cluster import Cluster, make_strategy, read_cluster, telling_lost_tasks
+from tf_largebatch.errors import LOST_TASK, InterruptedRunError, UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -389,3 +389,62 @@ def test_two_tasks_all_reduce_over_ring_and_exit_cleanly():
     assert stdout[2:] == ["SIGTERM reached its handler"]
     assert f"Task {rank} of 2 ({addresses[rank]}) waits for {addresses[1 - rank]}." in stderr
     assert "communication = CommunicationImplementation.RING" in stderr
+
+
+_REMOTE = (
+  "\nAdditional GRPC error information from remote target /job:worker/replica:0/task:{} while "
+  "calling /tensorflow.WorkerService/RecvBuf:\n:UNKNOWN:Error received from peer  {{…}}"
+)
+_AGAIN = "\nThe error could be from a previous operation. Restart your program to reset."
+_RESET = (
+  "Collective ops is aborted by: recvmsg:Connection reset by peer" + _REMOTE.format(1) + _AGAIN
+)
+_PASSED_ON = "Collective ops is aborted by: " + _RESET + _REMOTE.format(2) + _AGAIN
+
+
+@pytest.mark.parametrize(
+  "message, lost",
+  [
+    pytest.param(_RESET, "task 1 (b:22)", id="the other end of this task's connection"),
+    pytest.param(_PASSED_ON, "task 1 (b:22)", id="passed on by a task that lives"),
+    pytest.param(
+      "Collective ops is aborted by: Connection refused" + _AGAIN + _REMOTE.format(2) + _AGAIN,
+      "task 2 (web:2)",
+      id="named only by who passed it on",
+    ),
+    pytest.param(
+      "The following tasks are unhealthy: /job:worker/replica:0/task:1, "
+      "/job:worker/replica:0/task:2 [type.googleapis.com/tensorflow.CoordinationServiceError='']",
+      "task 1 (b:22) and task 2 (web:2)",
+      id="no heartbeats",
+    ),
+    pytest.param(
+      "Deadline Exceeded while calling /tensorflow.CoordinationService/Heartbeat",
+      "task 0 (a:1)",
+      id="the chief's service",
+    ),
+    pytest.param("UNAVAILABLE: ipv4:web:22: x; b:222; ipv4:web:2: y", "task 2 (web:2)", id="part"),
+  ],
+)
+def test_a_lost_task_is_told_in_one_line(message, lost):
+  import tensorflow as tf
+
+  index = 0 if "task 0" not in lost else 1
+  with (
+    pytest.raises(InterruptedRunError) as info,
+    telling_lost_tasks(Cluster(("a:1", "b:22", "web:2"), index), lambda: 7),
+  ):
+    raise tf.errors.UnavailableError(None, None, message)
+  assert info.value.status == LOST_TASK
+  assert str(info.value).startswith(f"Lost {lost}, which ended or cannot be reached; the last ")
+  assert "step is 7. " in str(info.value)
+
+
+def test_another_error_than_a_lost_task_stays_what_it_is():
+  import tensorflow as tf
+
+  with (
+    pytest.raises(tf.errors.InvalidArgumentError),
+    telling_lost_tasks(Cluster(("a:1", "b:22"), 0), lambda: None),
+  ):
+    raise tf.errors.InvalidArgumentError(None, None, "shapes differ")

@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # At run time later: a bad TF_CONFIG is told before the slow 
 _LOSS = re.compile(
   r"Collective ops is aborted|CoordinationService|/task:\d+|UNAVAILABLE|Unavailable"
 )
+# Ends the first report; behind it come the tasks that only passed it on.
+_REPORT_END = "The error could be from a previous operation"
 # A name or an IPv4 address, or an IPv6 address in brackets; a port.
 _ADDRESS = re.compile(r"(?:[0-9A-Za-z._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
@@ -252,11 +254,16 @@ def _lost_tasks(cluster: Cluster, message: str) -> list[int]:
   """Returns the tasks that an error of a collective or of the coordination service names."""
   if cluster.num_tasks == 1 or not _LOSS.search(message):
     return []
-  found = {int(index) for index in re.findall(r"/job:worker(?:/replica:0)?/task:(\d+)", message)}
-  found |= {index for index, task in enumerate(cluster.tasks) if task in message}
-  # Heartbeats go to the chief's service.
-  if "CoordinationService/" in message and not found - {cluster.task_index}:
-    found.add(0)
+  for report in (message.partition(_REPORT_END)[0], message):
+    found = {int(index) for index in re.findall(r"/job:worker(?:/replica:0)?/task:(\d+)", report)}
+    for index, task in enumerate(cluster.tasks):
+      if re.search(rf"(?<![\w.-]){re.escape(task)}(?!\d)", report):  # Not a part of another's.
+        found.add(index)
+    # Heartbeats go to the chief's service.
+    if "CoordinationService/" in report and not found - {cluster.task_index}:
+      found.add(0)
+    if found - {cluster.task_index}:
+      break
   return sorted(found - {cluster.task_index})
 
 
