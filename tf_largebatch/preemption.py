@@ -69,7 +69,7 @@ class StopRequest:
           self.signal, asked = number, time.monotonic()
           _tell(f"{name}: saving at the end of this step; asked once more, the run ends at once.")
           continue
-        repeated = self.signal == number == signal.SIGTERM
+        repeated = self._saving_helps and self.signal == number == signal.SIGTERM
         if repeated and time.monotonic() - asked < _SAME_REQUEST_SECONDS:
           continue
       _tell(f"error: Ended at once by {name}.")
