@@ -1,26 +1,13 @@
 """The tool measures what it says, on a small network."""
 
 import json
-import subprocess
-import sys
 
-from tests.launching import ROOT
-
-
-def run_tool(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "tools.benchmark_checkpoint", *arguments],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
-  )
+from tests.launching import run_module
 
 
 def test_figures():
   small = ("--network=resnet20", "--image_size=8", "--per_worker_batch_size=4", "--turns=2")
-  finished = run_tool(*small)
+  finished = run_module("tools.benchmark_checkpoint", *small)
   assert finished.returncode == 0, finished.stderr
   found = json.loads(finished.stdout)
   assert 0 < found["copy_seconds"] < found["until_saved_seconds"]
@@ -31,6 +18,6 @@ def test_figures():
 
 
 def test_refused_in_one_line():
-  finished = run_tool("--per_worker_batch_size=0")
+  finished = run_module("tools.benchmark_checkpoint", "--per_worker_batch_size=0")
   assert finished.returncode == 1
   assert finished.stderr.startswith("error: per_worker_batch_size=0")

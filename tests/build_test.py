@@ -60,7 +60,7 @@ def sources(tree):
 
 @functools.cache  # The same sources are read for every check and every case.
 def names(text):
-  """What a source imports, at the top or in a function, and what it runs by `-m`; full names."""
+  """What a source imports, at the top or in a function, and what it runs by `-m` or `run_module`."""
   found = []
   for node in ast.walk(ast.parse(text)):
     if isinstance(node, ast.Import):
@@ -72,6 +72,8 @@ def names(text):
     elif isinstance(node, ast.List | ast.Tuple):
       words = [getattr(word, "value", None) for word in node.elts]
       found += (word for option, word in itertools.pairwise(words) if option == "-m")
+    elif isinstance(node, ast.Call) and getattr(node.func, "id", None) == "run_module":
+      found.append(getattr(node.args[0], "value", None))
   return [name for name in found if isinstance(name, str)]
 
 

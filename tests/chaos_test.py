@@ -2,27 +2,16 @@
 
 import json
 import random
-import subprocess
-import sys
 
-from tests.launching import ROOT
+from tests.launching import run_module
 from tools import chaos
-
-
-def run_tool(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "tools.chaos", *arguments],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=280,
-    check=False,
-  )
 
 
 def test_two_tasks_end_with_the_untouched_runs_bytes(tmp_path):
   figures = tmp_path / "figures.json"
-  finished = run_tool("--faults=2", "--tasks=2", "--seed=3", f"--json={figures}")
+  finished = run_module(
+    "tools.chaos", "--faults=2", "--tasks=2", "--seed=3", f"--json={figures}", timeout=280
+  )
   assert finished.returncode == 0, finished.stdout + finished.stderr
   found = json.loads(figures.read_text())
   assert len(found["faults"]) == 2 and all(run["equal"] for run in found["runs"])
@@ -32,7 +21,7 @@ def test_two_tasks_end_with_the_untouched_runs_bytes(tmp_path):
 
 
 def test_refused_in_one_line():
-  finished = run_tool("--tasks=0")
+  finished = run_module("tools.chaos", "--tasks=0")
   assert finished.returncode == 1
   assert finished.stderr == "error: '0' is no number of tasks; 1 or more would do.\n"
 

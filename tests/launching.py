@@ -7,6 +7,33 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
+# A run of seconds.
+SMALL = (
+  "--dataset=synthetic",
+  "--train_split=train[:60]",
+  "--validation_split=validation[:37]",
+  "--image_size=8",
+  "--network=resnet20",
+  "--per_worker_batch_size=7",
+  "--warmup_epochs=0",
+  "--decay_epochs=",
+  "--log_every_steps=1",
+  "--evaluation_batch_size=10",
+)
+
+
+def run_module(module, *arguments, cwd=ROOT, timeout=120):
+  """Runs a module as a program, with what it prints caught."""
+  return subprocess.run(
+    [sys.executable, "-m", module, *arguments],
+    cwd=cwd,
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+    check=False,
+  )
+
+
 def launch(tasks, module, *arguments):
   """Runs a module as so many tasks on this machine; stderr goes with stdout."""
   command = [sys.executable, "-m", "tools.launch_local", f"--tasks={tasks}", f"--module={module}"]

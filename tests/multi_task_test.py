@@ -7,21 +7,9 @@ import socket
 import subprocess
 import sys
 
-from tests.launching import ROOT, launch
+from tests.launching import ROOT, SMALL, launch
 
-FLAGS = (
-  "--dataset=synthetic",
-  "--train_split=train[:60]",
-  "--validation_split=validation[:37]",
-  "--image_size=8",
-  "--network=resnet20",
-  "--per_worker_batch_size=7",
-  "--epochs=1",
-  "--warmup_epochs=0",
-  "--decay_epochs=",
-  "--log_every_steps=1",
-  "--evaluation_batch_size=10",
-)
+FLAGS = (*SMALL, "--epochs=1")
 
 
 def test_the_binary_on_two_tasks(tmp_path):

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.launching import ROOT
+from tests.launching import ROOT, SMALL
 from tf_largebatch.cluster import read_cluster
 from tf_largebatch.errors import UserError
 from tools.slurm import task
@@ -327,25 +327,11 @@ def slurm(tmp_path_factory):
     yield running
 
 
-_FLAGS = (
-  "--dataset=synthetic",
-  "--train_split=train[:60]",
-  "--validation_split=validation[:37]",
-  "--image_size=8",
-  "--network=resnet20",
-  "--per_worker_batch_size=7",
-  "--warmup_epochs=0",
-  "--decay_epochs=",
-  "--log_every_steps=1",
-  "--evaluation_batch_size=10",
-)
-
-
 def test_a_job_of_two_tasks_is_preempted_and_completes(slurm, tmp_path):
   log, run = tmp_path / "log", tmp_path / "run"
   # On one node: the two nodes are one machine, and TensorFlow listens on all addresses of it.
   options = ("--nodes=1", "--ntasks-per-node=2")
-  job = slurm.submit(log, *_FLAGS, "--epochs=12", f"--work_dir={run}", options=options)
+  job = slurm.submit(log, *SMALL, "--epochs=12", f"--work_dir={run}", options=options)
   slurm.wait_for(log, "epoch 3: ")
   slurm.preempt()
   ended, told = slurm.wait(job), log.read_text()

@@ -5,29 +5,15 @@ That every mistake ends in one clear line, `bad_input_test.py` holds.
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 
 from absl import flags
 from absl.testing import flagsaver
 
+from tests.launching import ROOT, SMALL
 from tf_largebatch import train
 from tf_largebatch.recipe import Recipe
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = (
-  "--dataset=synthetic",
-  "--train_split=train[:40]",
-  "--validation_split=validation[:20]",
-  "--image_size=8",
-  "--network=resnet20",
-  "--workers=2",
-  "--per_worker_batch_size=10",
-  "--epochs=1",
-  "--warmup_epochs=0",
-  "--decay_epochs=",
-)
 
 
 def run_main(*arguments):
@@ -62,7 +48,7 @@ def test_helpfull_tells_every_flag():
 
 
 def test_a_run_and_its_repetition_from_flags_txt(tmp_path, capsys):
-  assert run_main(f"--work_dir={tmp_path / 'one'}", *SMALL) == 0
+  assert run_main(f"--work_dir={tmp_path / 'one'}", *SMALL, "--workers=2", "--epochs=1") == 0
   printed = capsys.readouterr().out
   result = json.loads((tmp_path / "one" / "result.json").read_text())
   assert result["weights_sha256"] in printed and "tensorboard" in printed

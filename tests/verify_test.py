@@ -7,21 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from tests.launching import ROOT, launch
+from tests.launching import ROOT, launch, run_module
 from tools import negative_controls, verify
 
 NAMES = [name for names in verify.CHECKS.values() for name in names if "ResNet-50" not in name]
-
-
-def run(*flags, cwd=ROOT):
-  return subprocess.run(
-    [sys.executable, "-m", "tools.verify", *flags],
-    cwd=cwd,
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
-  )
 
 
 def test_every_property_holds_on_two_tasks(tmp_path):
@@ -55,7 +44,7 @@ def test_a_property_holds_up_to_its_limit(deviation, holds):
   ],
 )
 def test_a_users_mistake_gets_one_line(flags, expected):
-  finished = run(*flags)
+  finished = run_module("tools.verify", *flags)
   assert finished.returncode == 1
   assert finished.stderr.startswith(expected) and finished.stderr.count("\n") == 1
 
