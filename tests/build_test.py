@@ -60,7 +60,7 @@ def sources(tree):
 
 @functools.cache  # The same sources are read for every check and every case.
 def names(text):
-  """What a source imports, at the top or in a function, and what it runs by `-m` or `run_module`."""
+  """What a source imports, at the top or in a function, and runs by `-m` or `run_module`."""
   found = []
   for node in ast.walk(ast.parse(text)):
     if isinstance(node, ast.Import):
