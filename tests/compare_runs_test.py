@@ -333,7 +333,7 @@ def _with_nan(root):
 def _with_an_epoch_that_is_text(root):
   path = root / "base" / "metrics.jsonl"
   path.write_text(path.read_text().replace('"epoch": 1,', '"epoch": "1",'))
-  return "metrics.jsonl line 3: epoch is 1, no finite number"
+  return "metrics.jsonl is damaged in line 3 of 3"
 
 
 def _before_the_first_evaluation(root):
