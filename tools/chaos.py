@@ -161,12 +161,11 @@ class Run:
     except FileNotFoundError:
       return 0
 
-  def restored(self) -> int:
-    """The step that the last start continued from."""
+  def starts(self) -> list[int]:
+    """The steps that training began at or was continued from so far, in order."""
     log = self.log.read_text(errors="replace")
-    return int(
-      re.findall(r"^\[task 0\] .*(?:Continuing from|Beginning at) step (\d+) of", log, re.M)[-1]
-    )
+    told = r"^\[task 0\] .*(?:Continuing from|Beginning at) step (\d+) of"
+    return [int(step) for step in re.findall(told, log, re.MULTILINE)]
 
   def outcome(self) -> dict:
     """What must be equal: the digest of the weights, all losses and errors."""
@@ -246,7 +245,7 @@ def _harm(run: Run, tasks: int, kind: str, chance: random.Random, starting: bool
   if run.ended or not found or (run.work_dir / "result.json").exists():
     return None
   fault = Fault(tasks, kind, run.step())
-  began, sitting = time.monotonic(), run.sitting()
+  began, sitting, starts = time.monotonic(), run.sitting(), len(run.starts())
   victim = chance.choice(found)
   try:
     if kind == "kill":
@@ -271,12 +270,14 @@ def _harm(run: Run, tasks: int, kind: str, chance: random.Random, starting: bool
     fault.restored = fault.step
     _wait_for(lambda: run.ended or run.step() > fault.step, run, "No step after a pause")
   else:
-    _wait_for(
-      lambda: run.ended or (run.sitting() != sitting and run.step() > run.restored()),
-      run,
-      f"No step after {kind}",
-    )
-    fault.restored = run.restored()
+
+    def goes_on() -> bool:
+      # The log may lag behind the file.
+      new = run.sitting() != sitting and len(run.starts()) > starts
+      return run.ended or (new and run.step() > run.starts()[-1])
+
+    _wait_for(goes_on, run, f"No step after {kind}")
+    fault.restored = run.starts()[-1]
   fault.seconds = time.monotonic() - began
   return fault
 
