@@ -138,6 +138,20 @@ def test_a_torn_or_tampered_checkpoint_is_named_and_passed_over(tmp_path, damage
   assert reason in record.getMessage()
 
 
+def test_torn_ones_do_not_outlive_those_that_are_saved_after_them(tmp_path):
+  """Their manifests are whole, and their steps the highest."""
+  save(tmp_path, 5, 20, 21, error=lambda step: 1 / step)
+  for step in (20, 21):
+    (tmp_path / f"step-{step:010d}.npz").write_bytes(b"torn")
+  model, optimizer = make()
+  checkpoints = Checkpoints(str(tmp_path), model, optimizer)
+  assert checkpoints.restore_newest().step == 5
+  checkpoints.save(6, 1.0)
+  checkpoints.wait()
+  assert sorted(os.listdir(tmp_path)) == names(5, 6)
+  assert restore(tmp_path)[0] == 6
+
+
 def test_without_a_checkpoint_nothing_changes(tmp_path):
   model, optimizer = make()
   values = randomize(model, optimizer)

@@ -208,7 +208,7 @@ class Checkpoints:
         np.savez(digested, **arrays)
       manifest = Manifest(step, seconds, digested.bytes, digested.sha256.hexdigest())
       files.write_text(path, manifest.to_json())
-      self._prune()
+      self._prune(step)
     except files.FAILURES as error:
       self._step = None
       logging.error(
@@ -225,7 +225,7 @@ class Checkpoints:
         manifest = _read_manifest(path)
         manifest = dataclasses.replace(manifest, validation_error=error)
         files.write_text(path, manifest.to_json())
-        self._prune()
+        self._prune(step)
     except (*files.FAILURES, ValueError) as failure:
       logging.error(
         "The validation error of step %d cannot be noted in %s (%s).",
@@ -234,10 +234,16 @@ class Checkpoints:
         first_line(failure),
       )
 
-  def _prune(self) -> None:
-    """Removes all but the last three and the best, and what torn saves left."""
+  def _prune(self, newest: int) -> None:
+    """Removes all but the last three and the best, and what torn saves left.
+
+    Those past the step that was just saved go too: they were not whole when the run came back, and
+    would otherwise take the place of those that are.
+    """
     manifests = {}
     for name in _manifests(self._directory):
+      if _step_of(name) > newest:
+        continue
       with contextlib.suppress(ValueError):  # Tampered with: as good as none.
         manifests[name] = _read_manifest(os.path.join(self._directory, name))
     rated = [name for name in manifests if manifests[name].validation_error is not None]
