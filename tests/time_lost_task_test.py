@@ -182,10 +182,11 @@ def test_a_cut_is_silent():
     for prefix, arguments in zip(inside, (hosts, hosts[::-1]), strict=True)
   ]
   try:
-    made = _namespaces([talker.pid for talker in talkers]) - _namespaces(["self"])
     for talker in talkers:
       lines = [talker.stdout.readline() for _ in range(10)]
       assert any(line == "1 1\n" for line in lines), lines
+    # Not before: a talker is in its namespace only once its prefix has run.
+    made = _namespaces([talker.pid for talker in talkers]) - _namespaces(["self"])
     cut(1)
     time.sleep(1.0)
     for talker in talkers:
