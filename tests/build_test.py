@@ -18,6 +18,7 @@ _FLOORS = (
   {
     "cluster",
     "input_pipeline",
+    "loss_scale",
     "metrics",
     "normalization",
     "optimizer",
@@ -39,8 +40,8 @@ _RUN = {"tools.launch_local": {"tf_largebatch.train"}}  # The default of its fla
 _PROGRAM = "tf_largebatch.train"
 # What tools and tests share: a library, though it lives with the programs.
 _LIBRARIES = {"tools.reference"}
-# Two files that all tests share are no module of one target: a filegroup holds them.
-_TEST_SUPPORT = {"tests/__init__.py", "tests/pytest_main.py"}
+# Files that all tests share are no module of one target: a filegroup holds them.
+_TEST_SUPPORT = {"tests/__init__.py", "tests/conftest.py", "tests/pytest_main.py"}
 
 
 def read_tree():

@@ -79,7 +79,7 @@ def test_workers_must_be_chosen_before_what_follows_from_them():
 @pytest.mark.parametrize(
   "name, value",
   [
-    *[("augmentation", "crop"), ("dtype", "float16"), ("warmup", "slow")],
+    *[("augmentation", "crop"), ("dtype", "float8"), ("warmup", "slow")],
     *[("network", "resnet51"), ("learning_rate_scaling", "cubic")],
     *[(name, 0) for name in ("workers", "image_size", "per_worker_batch_size", "epochs")],
     ("reference_batch_size", -256),

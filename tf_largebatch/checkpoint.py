@@ -76,18 +76,23 @@ class Checkpoints:
   own digests and writes the copy, for the next step changes the state.
   """
 
-  def __init__(self, directory: str, model: keras.Model, optimizer, *, saves: bool = True):
+  def __init__(
+    self, directory: str, model: keras.Model, optimizer, loss_scale=None, *, saves: bool = True
+  ):
     """
     Args:
       directory: made at the first save.
-      model, optimizer: built; what is saved and restored.
+      model, optimizer, loss_scale (None: none): built; what is saved and restored.
       saves: False where another process does (`save` and so on then do nothing).
     """
     self._directory = directory
+    owners = {"model": model.variables, "optimizer": optimizer.variables}
+    if loss_scale is not None:
+      owners["loss_scale"] = loss_scale.variables
     # By place, not by Keras' paths, which count the layers that a process has made.
     self._variables = {
       f"{owner}/{index:04d}": variable
-      for owner, variables in (("model", model.variables), ("optimizer", optimizer.variables))
+      for owner, variables in owners.items()
       for index, variable in enumerate(variables)
     }
     self._saves = saves

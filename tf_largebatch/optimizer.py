@@ -31,6 +31,8 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     nesterov: step by the momentum as it will be, not as it is.
     momentum_correction: False is the ablation, eq. 10 as it stands.
     weight_decay: λ.
+    jit_compile: whether XLA compiles the update of all variables, which makes one kernel of each
+      variable's; for gradients that were summed over the replicas before (`step`).
     name: of the optimizer.
 
   The momentum buffers and the rate they are scaled by are part of the optimizer's saved state.
@@ -46,6 +48,7 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     nesterov=True,
     momentum_correction=True,
     weight_decay=0.0,
+    jit_compile=False,
     name="MomentumCorrectedSGD",
   ):
     # The base class' weight_decay would be the decoupled one, so it stays None.
@@ -58,6 +61,7 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     self.nesterov = nesterov
     self.momentum_correction = momentum_correction
     self.coupled_weight_decay = weight_decay
+    self.jit_compile = jit_compile
 
   def build(self, variables):
     if self.built:
@@ -120,25 +124,40 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
       super()._backend_update_step(grads, trainable_variables, coefficients)
       return
     # The caller has summed them (`step`, in one reduction with all else): only update the copies.
-    values = [getattr(variable, "value", variable) for variable in trainable_variables]
-    strategy = tf.distribute.get_strategy()
-    self._distributed_tf_update_step(strategy, zip(grads, values, strict=True), coefficients)
+    indices = [self._get_variable_index(variable) for variable in trainable_variables]
+    weights = [getattr(variable, "value", variable) for variable in trainable_variables]
+    buffers = [self.momentums[index].value for index in indices]
+    decayed = [self._decayed[index] for index in indices]
+
+    def update_all(_, weights, buffers, gradients, coefficients):
+      for variables in zip(weights, buffers, gradients, decayed, strict=True):
+        self._update(*variables, coefficients)
+
+    if self.jit_compile:
+      update_all = tf.function(update_all, jit_compile=True)
+    # All variables at once, per device: the first only tells on which.
+    tf.distribute.get_strategy().extended.update(
+      weights[0], update_all, args=(weights, buffers, list(grads), coefficients), group=False
+    )
 
   def update_step(self, gradient, variable, learning_rate):
     """Updates one variable; `learning_rate` holds the coefficients made from it above."""
-    dtype = variable.dtype
     index = self._get_variable_index(variable)
-    by = {name: tf.cast(value, dtype) for name, value in learning_rate.items()}
+    buffer = self.momentums[index].value
+    self._update(variable, buffer, gradient, self._decayed[index], learning_rate)
+
+  def _update(self, variable, buffer, gradient, decayed: bool, coefficients):
+    dtype = variable.dtype
+    by = {name: tf.cast(value, dtype) for name, value in coefficients.items()}
     gradient = tf.cast(tf.convert_to_tensor(gradient), dtype)
-    if self._decayed[index] and self.coupled_weight_decay:
+    if decayed and self.coupled_weight_decay:
       gradient += tf.constant(self.coupled_weight_decay, dtype) * variable
-    buffer = self.momentums[index]
     velocity = by["decay"] * buffer + by["scale"] * gradient
-    self.assign(buffer, velocity)
+    buffer.assign(velocity)
     update = by["moves_buffer"] * velocity
     if self.nesterov:
       update += by["moves_gradient"] * gradient
-    self.assign_sub(variable, update)
+    variable.assign_sub(update)
 
   def get_config(self):
     learning_rate = self._learning_rate
@@ -154,5 +173,6 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
       "nesterov": self.nesterov,
       "momentum_correction": self.momentum_correction,
       "weight_decay": self.coupled_weight_decay,
+      "jit_compile": self.jit_compile,
       "name": self.name,
     }

@@ -12,7 +12,7 @@ NETWORKS = ("resnet20", "resnet32", "resnet56", "resnet50", "resnet101", "resnet
 SCALINGS = ("linear", "sqrt", "none")
 WARMUPS = ("gradual", "constant", "none")
 AUGMENTATIONS = ("area_crop", "pad_crop", "none")
-DTYPES = ("float32", "bfloat16", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def _field(default, help_text: str, choices: tuple[str, ...] | None = None):
@@ -90,7 +90,8 @@ class Recipe:
   batch_norm_epsilon: float = _field(1e-5, "Epsilon of batch normalisation.")
   dtype: str = _field(
     "float32",
-    "float32, bfloat16 (bfloat16 computation; float32 weights, statistics and loss) or float64.",
+    "float32, bfloat16 or float16 (computation; float32 weights, statistics and loss, and, for "
+    "float16, dynamic loss scaling) or float64.",
     DTYPES,
   )
   workers: int | None = _field(

@@ -95,6 +95,32 @@ _RUN_FLAGS = (
     "Minutes between two checkpoints within an epoch; 0: only as checkpoint_every_steps says.",
     lower_bound=0,
   ),
+  flags.DEFINE_string(
+    "workers_per_pass",
+    "auto",
+    "g, workers that a device takes through the network at once; auto: 1 on a CPU, and on a GPU "
+    "what is fastest there, measured at the start.",
+  ),
+  flags.DEFINE_enum(
+    "jit_compile",
+    "auto",
+    ["auto", "true", "false"],
+    "Whether XLA compiles the passes through the network and the update; auto: on GPUs.",
+  ),
+  flags.DEFINE_enum(
+    "allreduce_dtype",
+    "float32",
+    ["float32", "bfloat16"],
+    "bfloat16: gradients are rounded before they travel between devices, half the bytes; the one "
+    "flag by which a run depends on its cluster.",
+  ),
+  flags.DEFINE_integer(
+    "bytes_per_pack",
+    0,
+    "Bytes of gradients that travel at once between devices; 0: all of them.",
+    lower_bound=0,
+    upper_bound=2**31 - 1,
+  ),
   flags.DEFINE_boolean(
     "deterministic",
     False,
@@ -148,11 +174,12 @@ def _train(argv, stop: StopRequest) -> int:
       f"checkpoint_every_minutes={flags.FLAGS.checkpoint_every_minutes} is refused; it must be "
       "finite (0: no checkpoints by the clock)."
     )
+  workers_per_pass = _workers_per_pass(flags.FLAGS.workers_per_pass)
   if (recipe.workers or 1) >= 2 and (os.cpu_count() or 1) <= 2:
     # Two workers' passes at once, a thread each, beat two threads for each op of one.
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
   # Only now, for TensorFlow takes seconds to import and a user's mistake should not wait for it.
-  from tf_largebatch import training
+  from tf_largebatch import step, training
 
   work_dir = os.path.expanduser(flags.FLAGS.work_dir)
   result = training.train_and_evaluate(
@@ -170,6 +197,12 @@ def _train(argv, stop: StopRequest) -> int:
     index_dir=os.path.expanduser(flags.FLAGS.index_dir),
     cache=flags.FLAGS.cache,
     bad_examples=flags.FLAGS.bad_examples,
+    step_options=step.StepOptions(
+      workers_per_pass=workers_per_pass,
+      jit_compile={"auto": None, "true": True, "false": False}[flags.FLAGS.jit_compile],
+      allreduce_dtype=flags.FLAGS.allreduce_dtype,
+      bytes_per_pack=flags.FLAGS.bytes_per_pack,
+    ),
     run_flags="".join(f"{flags.FLAGS[flag.name].serialize()}\n" for flag in _RUN_FLAGS),
     stop=stop,
   )
@@ -178,6 +211,14 @@ def _train(argv, stop: StopRequest) -> int:
     print(f"Result: {os.path.join(work_dir, 'result.json')}")
     print(f"Curves: tensorboard --logdir {os.path.join(work_dir, 'tensorboard')}")
   return 0
+
+
+def _workers_per_pass(text: str) -> int | None:
+  if text == "auto":
+    return None
+  if not text.isdecimal() or not 1 <= int(text) < 2**31:
+    raise UserError(f"--workers_per_pass={text} is refused; auto or a whole number would do.")
+  return int(text)
 
 
 def _check_path(name: str, path: str):

@@ -28,6 +28,7 @@ from tf_largebatch.bad_examples import BadExamples
 from tf_largebatch.checkpoint import Checkpoints
 from tf_largebatch.cluster import Cluster, describe, make_strategy, telling_lost_tasks
 from tf_largebatch.errors import InterruptedRunError, UserError, first_line
+from tf_largebatch.loss_scale import LossScale
 from tf_largebatch.metrics import MetricsWriter
 from tf_largebatch.normalization import PerWorkerBatchNormalization
 from tf_largebatch.optimizer import MomentumCorrectedSGD
@@ -37,7 +38,12 @@ from tf_largebatch.schedule import LinearScalingSchedule
 
 # What a run writes over in its work directory.
 _WRITTEN = ("flags.txt", "metrics.jsonl", "model.keras", "result.json", "checkpoints")
-_POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float64": "float64"}
+_POLICIES = {
+  "float32": "float32",
+  "bfloat16": "mixed_bfloat16",
+  "float16": "mixed_float16",
+  "float64": "float64",
+}
 
 
 @dataclasses.dataclass
@@ -81,6 +87,7 @@ def train_and_evaluate(
   index_dir: str | None = None,
   cache: bool = False,
   bad_examples: str = "fail",
+  step_options: step.StepOptions = step.StepOptions(),  # noqa: B008 (it is frozen)
   run_flags: str = "",
   stop: StopRequest | None = None,
 ) -> dict:
@@ -103,6 +110,7 @@ def train_and_evaluate(
     index_dir, cache: see `sources.open_source`.
     bad_examples: "fail", or "skip": an example that cannot be read is left out, of which the
       metrics and `bad_examples.jsonl` tell (see `input_pipeline.train_dataset`).
+    step_options: how a step is computed.
     run_flags: the flags beside the recipe's, for `flags.txt`.
     stop: asked, the run saves at a step's end and raises InterruptedRunError.
 
@@ -144,6 +152,7 @@ def train_and_evaluate(
       for split in (recipe.train_split, recipe.validation_split)
     )
     derived = derive(recipe, source.num_examples, replicas)
+    step.check_workers_per_pass(step_options.workers_per_pass or 1, derived["workers_per_replica"])
     environment = {"versions": versions(), "cluster": describe(strategy, cluster, communication)}
     _make_writable(work_dir)
     if cluster.is_chief:
@@ -155,10 +164,12 @@ def train_and_evaluate(
     with strategy.scope():
       model = build_model(recipe, source.num_classes)
       evaluated_model = build_model(recipe, source.num_classes, "evaluation")
-      optimizer = build_optimizer(recipe, source.num_examples)
+      optimizer = build_optimizer(recipe, source.num_examples, step_options.jit)
       optimizer.build(model.trainable_variables)
+      loss_scale = LossScale() if recipe.dtype == "float16" else None
+    step_options = _with_workers_per_pass(step_options, strategy, model, recipe)
     directory = os.path.join(work_dir, "checkpoints")
-    checkpoints = Checkpoints(directory, model, optimizer, saves=cluster.is_chief)
+    checkpoints = Checkpoints(directory, model, optimizer, loss_scale, saves=cluster.is_chief)
     held.callback(checkpoints.wait)
     restored = checkpoints.restore_newest()
     done = restored.step if restored else 0
@@ -177,7 +188,7 @@ def train_and_evaluate(
     run = _Run(
       recipe=recipe,
       steps_per_epoch=derived["steps_per_epoch"],
-      train_step=step.make_train_step(strategy, model, optimizer, recipe),
+      train_step=step.make_train_step(strategy, model, optimizer, recipe, step_options, loss_scale),
       batches=_train_batches(strategy, cluster, recipe, source, done, bad),
       stop=stop,
       alone=cluster.num_tasks == 1,
@@ -323,7 +334,11 @@ def build_model(recipe: Recipe, num_classes: int, purpose: str = "training") -> 
     purpose: "training"; "evaluation", which computes in the weights' dtype whatever the training's;
       or "export": as for evaluation, of plain Keras layers.
   """
-  layer = PerWorkerBatchNormalization if purpose != "export" else keras.layers.BatchNormalization
+  layer = keras.layers.BatchNormalization
+  if purpose != "export":
+    layer = functools.partial(
+      PerWorkerBatchNormalization, per_worker_batch_size=recipe.per_worker_batch_size
+    )
   policy = keras.dtype_policies.get(_POLICIES[recipe.dtype])
   return resnet.build(
     recipe.network,
@@ -340,7 +355,9 @@ def build_model(recipe: Recipe, num_classes: int, purpose: str = "training") -> 
   )
 
 
-def build_optimizer(recipe: Recipe, train_examples: int) -> MomentumCorrectedSGD:
+def build_optimizer(
+  recipe: Recipe, train_examples: int, jit_compile: bool = False
+) -> MomentumCorrectedSGD:
   """The recipe's optimizer with its schedule."""
   schedule = LinearScalingSchedule(
     steps_per_epoch=recipe.steps_per_epoch(train_examples),
@@ -359,7 +376,22 @@ def build_optimizer(recipe: Recipe, train_examples: int) -> MomentumCorrectedSGD
     nesterov=recipe.nesterov,
     momentum_correction=recipe.momentum_correction,
     weight_decay=recipe.weight_decay,
+    jit_compile=jit_compile,
   )
+
+
+def _with_workers_per_pass(
+  options: step.StepOptions, strategy, model: keras.Model, recipe: Recipe
+) -> step.StepOptions:
+  """The options with g chosen, the same one by all tasks."""
+  if options.workers_per_pass is not None:
+    return options
+  replicas = strategy.num_replicas_in_sync
+  g = step.choose_workers_per_pass(model, recipe, options, recipe.workers // replicas)
+  if replicas > 1:
+    g = int(min(_gather(strategy, g)))
+  logging.info("%d workers go through the network at once.", g)
+  return dataclasses.replace(options, workers_per_pass=g)
 
 
 def distribute_train_dataset(
@@ -466,6 +498,8 @@ def _train_to(run: _Run, last: int) -> bool:
     previous = None
     now = time.perf_counter()
     record = {name: float(value) for name, value in scalars.items() if name != "stop"}
+    if not math.isfinite(record["gradient_norm"]):
+      del record["gradient_norm"]  # Of a step that the loss scale had skipped.
     record["loss"], record["error"] = float(np.mean(losses)), float(np.mean(errors))
     record["images_per_second"] = len(losses) * run.recipe.global_batch_size / (now - since)
     record["input_wait_share"] = waited / (now - since)
