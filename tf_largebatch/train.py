@@ -149,6 +149,36 @@ def recipe_from_flags(values: flags.FlagValues = flags.FLAGS) -> Recipe:
   return Recipe(**fields)
 
 
+def step_options_from_flags(values: flags.FlagValues = flags.FLAGS) -> dict:
+  """The arguments of `step.StepOptions` that the flags tell.
+
+  Raises:
+    UserError: workers_per_pass is neither auto nor a number.
+  """
+  workers_per_pass = values.workers_per_pass
+  if workers_per_pass == "auto":
+    workers_per_pass = None
+  elif not workers_per_pass.isdecimal() or not 1 <= int(workers_per_pass) < 2**31:
+    raise UserError(
+      f"--workers_per_pass={workers_per_pass} is refused; auto or a whole number would do."
+    )
+  else:
+    workers_per_pass = int(workers_per_pass)
+  return {
+    "workers_per_pass": workers_per_pass,
+    "jit_compile": {"auto": None, "true": True, "false": False}[values.jit_compile],
+    "allreduce_dtype": values.allreduce_dtype,
+    "bytes_per_pack": values.bytes_per_pack,
+  }
+
+
+def set_threads(recipe: Recipe):
+  """Tells TensorFlow, before it is imported, how many threads one operation gets on few cores."""
+  if (recipe.workers or 1) >= 2 and (os.cpu_count() or 1) <= 2:
+    # Two workers' passes at once, a thread each, beat two threads for each op of one.
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+
+
 def main(argv):
   """Trains, and returns the process' exit status: 0, or as `errors` has them."""
   with StopRequest().watch_signals() as stop:
@@ -174,10 +204,8 @@ def _train(argv, stop: StopRequest) -> int:
       f"checkpoint_every_minutes={flags.FLAGS.checkpoint_every_minutes} is refused; it must be "
       "finite (0: no checkpoints by the clock)."
     )
-  workers_per_pass = _workers_per_pass(flags.FLAGS.workers_per_pass)
-  if (recipe.workers or 1) >= 2 and (os.cpu_count() or 1) <= 2:
-    # Two workers' passes at once, a thread each, beat two threads for each op of one.
-    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+  step_options = step_options_from_flags()
+  set_threads(recipe)
   # Only now, for TensorFlow takes seconds to import and a user's mistake should not wait for it.
   from tf_largebatch import step, training
 
@@ -197,12 +225,7 @@ def _train(argv, stop: StopRequest) -> int:
     index_dir=os.path.expanduser(flags.FLAGS.index_dir),
     cache=flags.FLAGS.cache,
     bad_examples=flags.FLAGS.bad_examples,
-    step_options=step.StepOptions(
-      workers_per_pass=workers_per_pass,
-      jit_compile={"auto": None, "true": True, "false": False}[flags.FLAGS.jit_compile],
-      allreduce_dtype=flags.FLAGS.allreduce_dtype,
-      bytes_per_pack=flags.FLAGS.bytes_per_pack,
-    ),
+    step_options=step.StepOptions(**step_options),
     run_flags="".join(f"{flags.FLAGS[flag.name].serialize()}\n" for flag in _RUN_FLAGS),
     stop=stop,
   )
@@ -211,14 +234,6 @@ def _train(argv, stop: StopRequest) -> int:
     print(f"Result: {os.path.join(work_dir, 'result.json')}")
     print(f"Curves: tensorboard --logdir {os.path.join(work_dir, 'tensorboard')}")
   return 0
-
-
-def _workers_per_pass(text: str) -> int | None:
-  if text == "auto":
-    return None
-  if not text.isdecimal() or not 1 <= int(text) < 2**31:
-    raise UserError(f"--workers_per_pass={text} is refused; auto or a whole number would do.")
-  return int(text)
 
 
 def _check_path(name: str, path: str):

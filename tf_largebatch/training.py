@@ -47,7 +47,7 @@ _POLICIES = {
 
 
 @dataclasses.dataclass
-class _Run:
+class Run:
   """What the steps of a run use, and how far it has come.
 
   Attributes:
@@ -167,7 +167,7 @@ def train_and_evaluate(
       optimizer = build_optimizer(recipe, source.num_examples, step_options.jit)
       optimizer.build(model.trainable_variables)
       loss_scale = LossScale() if recipe.dtype == "float16" else None
-    step_options = _with_workers_per_pass(step_options, strategy, model, recipe)
+    step_options = with_workers_per_pass(step_options, strategy, model, recipe)
     directory = os.path.join(work_dir, "checkpoints")
     checkpoints = Checkpoints(directory, model, optimizer, loss_scale, saves=cluster.is_chief)
     held.callback(checkpoints.wait)
@@ -185,7 +185,7 @@ def train_and_evaluate(
     logging.info("%s step %d of %d.", begins, done, derived["total_steps"])
 
     bad = BadExamples(work_dir, cluster.task_index) if bad_examples == "skip" else None
-    run = _Run(
+    run = Run(
       recipe=recipe,
       steps_per_epoch=derived["steps_per_epoch"],
       train_step=step.make_train_step(strategy, model, optimizer, recipe, step_options, loss_scale),
@@ -239,7 +239,7 @@ def train_and_evaluate(
     held.enter_context(run.metrics)
     with stop.honoured():
       for epoch in range(evaluated + 1, recipe.epochs + 1):
-        if _train_to(run, epoch * run.steps_per_epoch):
+        if train_to(run, epoch * run.steps_per_epoch):
           checkpoints.save(run.done, run.seconds)  # While it is evaluated.
           if evaluate_epoch():
             continue
@@ -380,7 +380,7 @@ def build_optimizer(
   )
 
 
-def _with_workers_per_pass(
+def with_workers_per_pass(
   options: step.StepOptions, strategy, model: keras.Model, recipe: Recipe
 ) -> step.StepOptions:
   """The options with g chosen, the same one by all tasks."""
@@ -458,7 +458,7 @@ def _next(batches, split: str, source, ids):
     ) from error
 
 
-def _train_to(run: _Run, last: int) -> bool:
+def train_to(run: Run, last: int) -> bool:
   """Steps until `last` are done, or until after a task was asked to stop; whether `last` came."""
   since, saved = time.perf_counter(), time.monotonic()
   waited, losses, errors = 0.0, [], []
@@ -516,7 +516,7 @@ def _train_to(run: _Run, last: int) -> bool:
   return run.done == last and not asked
 
 
-def _divergence(what: str, number: int, run: _Run, bad_from: int) -> UserError:
+def _divergence(what: str, number: int, run: Run, bad_from: int) -> UserError:
   """Of a loss after step `number` that is not finite, for the weights after `bad_from` steps."""
   run.checkpoints.discard_from(bad_from)
   newest = run.checkpoints.newest_step()
@@ -531,7 +531,7 @@ def _divergence(what: str, number: int, run: _Run, bad_from: int) -> UserError:
   )
 
 
-def _interruption(run: _Run, total_steps: int) -> InterruptedRunError:
+def _interruption(run: Run, total_steps: int) -> InterruptedRunError:
   number = signal.SIGTERM if run.stop.signal is None else run.stop.signal
   asked = "another task was asked to" if run.stop.signal is None else signal.Signals(number).name
   newest = run.checkpoints.newest_step()

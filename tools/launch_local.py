@@ -47,7 +47,7 @@ _LONGEST_PAUSE_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1  # From <sys/prctl.h>.
 
 
-def _free_addresses(count: int) -> list[str]:
+def free_addresses(count: int) -> list[str]:
   """Returns addresses with different ports: all are held open until the last is chosen."""
   with contextlib.ExitStack() as stack:
     listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -160,7 +160,7 @@ def _signal(tasks: list[subprocess.Popen], number: int) -> None:
 
 def _run_once(num_tasks: int, module: str, arguments: list[str]) -> tuple[int, bool]:
   """Runs the tasks to their end; the status, and whether a signal to the launcher stopped them."""
-  addresses = _free_addresses(num_tasks)
+  addresses = free_addresses(num_tasks)
   lock = threading.Lock()
   tasks, printers = [], []
   number, stopped = signal.SIGTERM, False

@@ -1,0 +1,112 @@
+"""`tools/benchmark_step.py`: what it counts, and a real run of its contenders."""
+
+import json
+
+import pytest
+
+from tests.launching import run_module
+from tf_largebatch.errors import UserError
+from tf_largebatch.recipe import Recipe
+from tools import benchmark_step
+
+_RECIPE = Recipe(
+  dataset="synthetic",
+  image_size=224,
+  workers=2,
+  channel_mean=(0.0, 0.0, 0.0),
+  channel_std=(1.0, 1.0, 1.0),
+)
+
+
+def test_flops_of_resnet50_are_those_of_its_table():
+  """He et al.'s table of the layers, by hand: multiply-adds of each convolution."""
+  stem = 112 * 112 * 7 * 7 * 3 * 64
+  total = stem + 2048 * 1000
+  inputs = 64
+  for stage, (blocks, side) in enumerate(zip((3, 4, 6, 3), (56, 28, 14, 7), strict=True)):
+    filters = 64 * 2**stage
+    for block in range(blocks):
+      # The first 1×1 works before the stride of the 3×3.
+      before = 2 * side if stage and not block else side
+      total += before**2 * inputs * filters + side**2 * (9 * filters**2 + 4 * filters**2)
+      if not block:
+        total += side**2 * inputs * 4 * filters
+      inputs = 4 * filters
+  assert total == 4_089_184_256
+  assert benchmark_step.training_flops(_RECIPE) == 2 * (3 * total - stem)
+
+
+def test_a_contenders_options_go_where_they_belong():
+  contender = benchmark_step.parse_contender(
+    "ours:workers=8:workers_per_pass=2:jit_compile=true:dtype=bfloat16:tasks=4",
+    _RECIPE.to_dict(),
+    {"workers_per_pass": None, "bytes_per_pack": 0},
+  )
+  assert contender.kind == "ours" and contender.tasks == 4
+  assert Recipe(**contender.recipe).workers == 8 and contender.recipe["dtype"] == "bfloat16"
+  assert contender.recipe["image_size"] == 224
+  assert contender.step_options == {"workers_per_pass": 2, "bytes_per_pack": 0, "jit_compile": True}
+
+
+@pytest.mark.parametrize(
+  "text, culprit",
+  [
+    ("theirs", "theirs"),
+    ("ours:speed=2", "speed=2"),
+    ("ours:workers=0", "workers"),
+    ("ours:dtype=int8", "int8"),
+    ("ours:workers=8:tasks=3", "tasks=3"),
+    ("ours:tasks=x", "tasks=x"),
+    ("keras:tasks=2", "ours alone"),
+    ("torch:network=resnet20", "resnet50"),
+  ],
+)
+def test_bad_contenders_are_refused(text, culprit):
+  with pytest.raises(UserError, match=culprit):
+    benchmark_step.parse_contender(text, _RECIPE.to_dict(), {})
+
+
+def test_ratios_are_of_medians_of_images_a_second():
+  fast = benchmark_step.parse_contender("ours", _RECIPE.to_dict(), {})
+  slow = benchmark_step.parse_contender("keras:workers=1", _RECIPE.to_dict(), {})
+
+  def found(*seconds):
+    turns = [{"seconds": s, "cpu_seconds": 2 * s, "peak_bytes": 5} for s in seconds]
+    return {"ready": {"flops": 10.0}, "turns": turns}
+
+  results = {"ours": found(8, 4, 40), "keras:workers=1": found(8, 8, 2), "product": found(2, 1, 9)}
+  summary = benchmark_step.summarize([fast, slow], results, steps=2)
+  ours, keras = summary["contenders"].values()
+  # Two steps a turn: medians of 4 s and 4 s a step, of 64 and of 32 images.
+  assert ours["images_per_second"] == 16 and keras["images_per_second"] == 8
+  assert (ours["ratio"], keras["ratio"]) == (1, 2)
+  assert ours["flops_per_second"] == 160 and ours["cpu_seconds"] == 8
+  # Eight products of two 2048 × 2048 matrices a step.
+  assert summary["ceiling_flops_per_second"] == 8 * 2 * 2048**3
+  assert ours["share_of_ceiling"] == 160 / (16 * 2048**3)
+
+
+def test_a_real_run(tmp_path):
+  path = tmp_path / "step.json"
+  process = run_module(
+    "tools.benchmark_step",
+    *("--network=resnet20", "--image_size=8", "--per_worker_batch_size=2", "--turns=2"),
+    *("--contenders=ours:workers=2:tasks=2,loop,keras,fit", f"--json={path}"),
+    timeout=240,
+  )
+  assert process.returncode == 0, process.stderr
+  found = json.loads(path.read_text())
+  rows = found["contenders"]
+  assert list(rows) == ["ours:workers=2:tasks=2", "loop", "keras", "fit"]
+  for row in rows.values():
+    assert len(row["step_seconds_each"]) == 2
+    assert row["images_per_second"] == 2 * row["workers"] / row["step_seconds"]
+    assert 0 < row["share_of_ceiling"] < 1 and row["peak_bytes"] > 2**27
+  assert found["versions"]["tensorflow"]
+  assert process.stdout.splitlines()[-1].startswith("ceiling: ")
+
+
+def test_a_users_mistake_gets_one_line():
+  process = run_module("tools.benchmark_step", "--contenders=theirs")
+  assert process.returncode == 1
+  assert process.stderr.startswith("error: --contenders=theirs") and process.stderr.count("\n") == 1

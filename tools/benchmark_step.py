@@ -1,0 +1,631 @@
+r"""How fast a training step is, beside Keras and PyTorch, and how near to what the machine can do.
+
+  python -m tools.benchmark_step --contenders=ours,keras,fit,torch --network=resnet50 \
+    --image_size=224 --dtype=float32 --turns=5 --json=step.json
+
+Every field of the recipe is a flag, and a flagfile of the trainer's will do. The contenders run in
+turns, each in a process of its own that waits while another one works, on the same random images:
+
+  ours            the compiled step of `step.make_train_step`, as the trainer calls it
+  loop            the trainer's own loop around it, with its metrics, input from memory
+  keras           the same network of stock Keras layers, Keras' SGD, in a plain compiled step
+  fit             the same by `Model.fit`
+  torch           the same network in PyTorch, eager, channels_last (autocast for 16 bits)
+  torch_compiled  the same by `torch.compile`
+
+A contender takes options of its own, `ours:workers=8:tasks=2`: fields of the recipe, the trainer's
+workers_per_pass, jit_compile, allreduce_dtype and bytes_per_pack, and for ours tasks, which share
+the cores evenly between them. Those that are not ours take the step's kn images of k workers in k
+passes with gradients added up, as one would there.
+
+FLOPs are those of convolutions and dense layers, 2 a multiply-add, and backprop twice the forward
+pass (less the first layer's gradient of its input). The ceiling is a large matrix product's in the
+same dtype, in the turns too.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+
+from absl import app, flags
+
+from tf_largebatch import train
+from tf_largebatch.errors import UserError, first_line
+from tf_largebatch.recipe import Recipe
+from tools.launch_local import free_addresses
+
+_KINDS = ("ours", "loop", "keras", "fit", "torch", "torch_compiled")
+_STEP_OPTIONS = ("workers_per_pass", "jit_compile", "allreduce_dtype", "bytes_per_pack")
+_CLASSES = 1000
+_START_SECONDS = 1200  # Compiling for a GPU takes minutes.
+_PRODUCT_SIDE = {"cpu": 2048, "gpu": 8192}
+
+
+def define_flags():
+  flags.DEFINE_list("contenders", ["ours", "keras", "torch"], "See above; the first is compared.")
+  flags.DEFINE_integer("turns", 5, "How often each is timed.", lower_bound=1)
+  flags.DEFINE_integer("steps", 1, "Steps of each in a turn.", lower_bound=1)
+  flags.DEFINE_string("json", None, "File for the figures.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+  """What is timed: a kind, the recipe's fields, and how the step is computed."""
+
+  name: str
+  kind: str
+  recipe: dict
+  step_options: dict
+  tasks: int = 1
+
+
+def parse_contender(text: str, recipe: dict, step_options: dict) -> Contender:
+  """A contender from `KIND:name=value:…`; what it does not say is as given.
+
+  Raises:
+    UserError: the kind, a name or a value is unknown.
+  """
+  kind, *settings = text.split(":")
+  if kind not in _KINDS:
+    raise UserError(f"--contenders={text}: {kind!r} is none of {', '.join(_KINDS)}.")
+  recipe, step_options, tasks = dict(recipe), dict(step_options), 1
+  for setting in settings:
+    name, _, value = setting.partition("=")
+    with contextlib.suppress(ValueError):
+      value = json.loads(value)
+    if name == "tasks":
+      tasks = value
+    elif name in _STEP_OPTIONS:
+      step_options[name] = value
+    elif name in recipe:
+      recipe[name] = value
+    else:
+      raise UserError(f"--contenders={text}: {setting!r} is no option of a contender.")
+  recipe = Recipe(**recipe).to_dict()  # Raises where a value is out of range.
+  if type(tasks) is not int or tasks < 1 or (recipe["workers"] or 1) % tasks:
+    raise UserError(f"--contenders={text}: tasks={tasks} must divide the workers.")
+  if kind.startswith("torch") and recipe["network"] != "resnet50":
+    raise UserError(f"--contenders={text}: of PyTorch's networks only resnet50 is here.")
+  if tasks > 1 and kind != "ours":
+    raise UserError(f"--contenders={text}: several tasks are for ours alone.")
+  return Contender(text, kind, recipe, step_options, tasks)
+
+
+# What each contender's process does: builds a function that takes a step and returns its loss.
+
+
+def _source(recipe: Recipe, size: int):
+  import numpy as np
+
+  rng = np.random.default_rng(0)
+  side, channels = recipe.image_size, len(recipe.channel_mean)
+  images = rng.integers(0, 256, (size, side, side, channels), dtype=np.uint8)
+  return images, rng.integers(0, _CLASSES, size, dtype=np.int32)
+
+
+def make_ours(contender: Contender, cluster) -> Callable[[int], float]:
+  import tensorflow as tf
+
+  from tf_largebatch import step, training
+  from tf_largebatch.cluster import make_strategy
+  from tf_largebatch.loss_scale import LossScale
+
+  strategy = make_strategy(cluster)
+  recipe, options = Recipe(**contender.recipe), step.StepOptions(**contender.step_options)
+  replicas = strategy.num_replicas_in_sync
+  with strategy.scope():
+    model = training.build_model(recipe, _CLASSES)
+    optimizer = training.build_optimizer(recipe, 1_281_167, options.jit)
+    optimizer.build(model.trainable_variables)
+    loss_scale = LossScale() if recipe.dtype == "float16" else None
+  options = training.with_workers_per_pass(options, strategy, model, recipe)
+  train_step = step.make_train_step(strategy, model, optimizer, recipe, options, loss_scale)
+  images, labels = _source(recipe, recipe.global_batch_size // replicas)
+  shape = (recipe.workers // replicas, recipe.per_worker_batch_size)
+  batch = (images.reshape(*shape, *images.shape[1:]), labels.reshape(shape))
+  if replicas > 1:
+    batch = tuple(
+      strategy.experimental_distribute_values_from_function(lambda _, x=x: tf.constant(x))
+      for x in batch
+    )
+  else:
+    batch = tuple(tf.constant(x) for x in batch)
+  if contender.kind == "loop":
+    return _make_loop(strategy, model, optimizer, recipe, train_step, batch)
+  return lambda steps: [float(train_step(batch)["loss"]) for _ in range(steps)][-1]
+
+
+def _make_loop(strategy, model, optimizer, recipe, train_step, batch):
+  import itertools
+
+  from tf_largebatch import training
+  from tf_largebatch.metrics import MetricsWriter
+  from tf_largebatch.preemption import StopRequest
+
+  work_dir = tempfile.mkdtemp()  # The process' own, in a directory that its parent removes.
+  run = training.Run(
+    recipe=recipe,
+    steps_per_epoch=1000,
+    train_step=train_step,
+    batches=itertools.repeat(batch),
+    stop=StopRequest(),
+    alone=True,
+    log_every_steps=10,
+    checkpoint_every_steps=0,
+    checkpoint_every_minutes=0,
+    bad=None,
+    checkpoints=training.Checkpoints(work_dir, model, optimizer),
+    metrics=MetricsWriter(work_dir, recipe.to_dict(), 0, 10**6, evaluated_epochs=0),
+  )
+
+  def steps(count: int) -> float:
+    training.train_to(run, run.done + count)
+    return float(run.done)
+
+  return steps
+
+
+def _make_keras(contender: Contender):
+  import functools
+
+  import keras
+
+  from tf_largebatch import resnet
+
+  recipe = Recipe(**contender.recipe)
+  policy = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
+  model = resnet.build(
+    recipe.network,
+    input_shape=(recipe.image_size, recipe.image_size, len(recipe.channel_mean)),
+    num_classes=_CLASSES,
+    normalization=functools.partial(keras.layers.BatchNormalization, momentum=0.9, epsilon=1e-5),
+    channel_mean=recipe.channel_mean,
+    channel_std=recipe.channel_std,
+    dtype=policy[recipe.dtype],
+  )
+  optimizer = keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True)
+  return recipe, model, optimizer
+
+
+def make_keras(contender: Contender, cluster) -> Callable[[int], float]:
+  import keras
+  import tensorflow as tf
+
+  recipe, model, optimizer = _make_keras(contender)
+  images, labels = (tf.constant(x) for x in _source(recipe, recipe.per_worker_batch_size))
+  crossentropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+  def gradients():
+    with tf.GradientTape() as tape:
+      loss = crossentropy(labels, model(images, training=True))
+    return loss, tape.gradient(loss, model.trainable_variables)
+
+  @tf.function(jit_compile=contender.step_options.get("jit_compile") or False)
+  def step():
+    loss, total = gradients()
+    for _ in range(recipe.workers - 1):
+      loss, more = gradients()
+      total = [a + b for a, b in zip(total, more, strict=True)]
+    optimizer.apply([gradient / recipe.workers for gradient in total], model.trainable_variables)
+    return loss
+
+  return lambda steps: [float(step()) for _ in range(steps)][-1]
+
+
+def make_fit(contender: Contender, cluster) -> Callable[[int], float]:
+  import keras
+  import tensorflow as tf
+
+  recipe, model, optimizer = _make_keras(contender)
+  jit = contender.step_options.get("jit_compile")
+  model.compile(
+    optimizer,
+    keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    jit_compile="auto" if jit is None else jit,
+  )
+  batch = tuple(tf.constant(x) for x in _source(recipe, recipe.per_worker_batch_size))
+  data = tf.data.Dataset.from_tensors(batch).cache().repeat()
+
+  def steps(count: int) -> float:
+    history = model.fit(data, epochs=1, steps_per_epoch=count * recipe.workers, verbose=0)
+    return history.history["loss"][-1]
+
+  return steps
+
+
+def make_torch(contender: Contender, cluster) -> Callable[[int], float]:
+  import numpy as np
+  import torch
+
+  recipe = Recipe(**contender.recipe)
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  torch.backends.cudnn.benchmark = True
+  model = _torch_resnet50(torch.nn).to(device).to(memory_format=torch.channels_last)
+  if contender.kind == "torch_compiled":
+    model = torch.compile(model)
+  optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4, nesterov=True)
+  images, labels = _source(recipe, recipe.per_worker_batch_size)
+  images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
+  labels = torch.from_numpy(labels.astype(np.int64)).to(device)
+  mean, std = (
+    torch.tensor(values, device=device, dtype=torch.float32).reshape(1, -1, 1, 1)
+    for values in (recipe.channel_mean, recipe.channel_std)
+  )
+  dtype = getattr(torch, recipe.dtype)
+  scaler = torch.amp.GradScaler(device, enabled=recipe.dtype == "float16")
+
+  def step() -> float:
+    optimizer.zero_grad(set_to_none=True)
+    for _ in range(recipe.workers):
+      with torch.autocast(device, dtype=dtype, enabled=recipe.dtype != "float32"):
+        loss = torch.nn.functional.cross_entropy(model((images - mean) / std), labels)
+      scaler.scale(loss / recipe.workers).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss
+
+  return lambda steps: [float(step()) for _ in range(steps)][-1]
+
+
+def _torch_resnet50(nn):
+  """ResNet-50 as torchvision has it, which has no CPU build here: stride on the 3×3, no biases."""
+
+  class Bottleneck(nn.Module):
+    def __init__(self, inputs: int, filters: int, stride: int):
+      super().__init__()
+      outputs = 4 * filters
+      self.body = nn.Sequential(
+        *_torch_unit(nn, inputs, filters, 1, 1),
+        nn.ReLU(inplace=True),
+        *_torch_unit(nn, filters, filters, 3, stride),
+        nn.ReLU(inplace=True),
+        *_torch_unit(nn, filters, outputs, 1, 1),
+      )
+      self.shortcut = nn.Identity()
+      if inputs != outputs:
+        self.shortcut = nn.Sequential(*_torch_unit(nn, inputs, outputs, 1, stride))
+      self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+      return self.relu(self.body(x) + self.shortcut(x))
+
+  layers = [*_torch_unit(nn, 3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+  inputs = 64
+  for stage, blocks in enumerate((3, 4, 6, 3)):
+    for block in range(blocks):
+      filters = 64 * 2**stage
+      layers.append(Bottleneck(inputs, filters, 2 if stage and not block else 1))
+      inputs = 4 * filters
+  head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, _CLASSES)]
+  return nn.Sequential(*layers, *head)
+
+
+def _torch_unit(nn, inputs: int, outputs: int, size: int, stride: int):
+  convolution = nn.Conv2d(inputs, outputs, size, stride, (size - 1) // 2, bias=False)
+  return convolution, nn.BatchNorm2d(outputs)
+
+
+def make_product(contender: Contender, cluster) -> Callable[[int], float]:
+  """A matrix product of as many FLOPs as `product_flops` says."""
+  import tensorflow as tf
+
+  on = "gpu" if tf.config.get_visible_devices("GPU") else "cpu"
+  side = _PRODUCT_SIDE[on]
+  a = tf.random.normal([side, side], dtype=tf.float32)
+  a = tf.cast(a, contender.recipe["dtype"])
+  tf.config.experimental.enable_tensor_float_32_execution(False)
+  product = tf.function(lambda: tf.cast(tf.reduce_max(tf.matmul(a, a)), tf.float32))
+  return lambda steps: [float(product()) for _ in range(8 * steps)][-1]
+
+
+def product_flops(gpu: bool) -> float:
+  """Of one turn's step of `make_product`."""
+  return 8 * 2 * _PRODUCT_SIDE["gpu" if gpu else "cpu"] ** 3
+
+
+def training_flops(recipe: Recipe) -> float:
+  """Of one image's forward and backward pass: convolutions and dense layers."""
+  import keras
+
+  from tf_largebatch import training
+
+  forward, first = 0, None
+  for layer in training.build_model(recipe, _CLASSES, "export").layers:
+    if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
+      positions = 1
+      for side in layer.output.shape[1:-1]:
+        positions *= side
+      flops = 2 * positions * layer.kernel.shape.num_elements()
+      first = flops if first is None else first
+      forward += flops
+  return 3 * forward - first
+
+
+_MAKERS = {
+  "ours": make_ours,
+  "loop": make_ours,
+  "keras": make_keras,
+  "fit": make_fit,
+  "torch": make_torch,
+  "torch_compiled": make_torch,
+  "product": make_product,
+}
+
+
+def work():
+  """The program of such a process: told a contender, then numbers of steps, on stdin."""
+  message = json.loads(sys.stdin.readline())
+  contender = Contender(**message["contender"])
+  cores = sorted(os.sched_getaffinity(0))
+  share = len(cores) // contender.tasks
+  if share:
+    os.sched_setaffinity(0, cores[message["task"] * share :][:share])
+  if message["tf_config"]:
+    os.environ["TF_CONFIG"] = message["tf_config"]
+  train.set_threads(Recipe(**contender.recipe))
+  from tf_largebatch.cluster import read_cluster
+
+  try:
+    take_steps = _MAKERS[contender.kind](contender, read_cluster())
+    take_steps(1)
+    take_steps(1)
+    report = {"ready": True}
+    if message["task"] == 0 and contender.kind != "product":
+      report["flops"] = training_flops(Recipe(**contender.recipe))
+  except (UserError, ImportError) as error:
+    report = {"error": first_line(error)}
+  _say(report)
+  for line in sys.stdin:
+    began, cpu = time.perf_counter(), time.process_time()
+    last = take_steps(int(line))
+    seconds = time.perf_counter() - began
+    report = {"seconds": seconds, "cpu_seconds": time.process_time() - cpu, "last": last}
+    _say(report | _memory(contender))
+  os._exit(0)  # Without the destructors of the libraries' threads, some of which wait.
+
+
+def _memory(contender: Contender) -> dict:
+  """The process' largest resident set so far, and the GPU's largest use, in bytes."""
+  found = {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+  if contender.kind.startswith("torch"):
+    import torch
+
+    if torch.cuda.is_available():
+      found["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
+  else:
+    import tensorflow as tf
+
+    if tf.config.get_visible_devices("GPU"):
+      found["gpu_peak_bytes"] = tf.config.experimental.get_memory_info("GPU:0")["peak"]
+  return found
+
+
+def _say(report: dict):
+  print(f"\n{json.dumps(report)}", flush=True)
+
+
+# What the parent does.
+
+
+class Processes:
+  """The processes of a contender, one a task."""
+
+  def __init__(self, contender: Contender, scratch: str):
+    self.contender = contender
+    self._log = pathlib.Path(scratch) / f"{len(os.listdir(scratch))}.log"
+    tf_config = [None]
+    if contender.tasks > 1:
+      workers = free_addresses(contender.tasks)
+      tf_config = [
+        json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}})
+        for index in range(contender.tasks)
+      ]
+    self._processes = []
+    with open(self._log, "ab") as log:
+      for task, config in enumerate(tf_config):
+        process = subprocess.Popen(
+          [sys.executable, "-c", "from tools import benchmark_step; benchmark_step.work()"],
+          stdin=subprocess.PIPE,
+          stdout=subprocess.PIPE,
+          stderr=log,
+          text=True,
+          env={**os.environ, "TF_FORCE_GPU_ALLOW_GROWTH": "true", "TMPDIR": scratch},
+          start_new_session=True,
+        )
+        self._processes.append(process)
+        message = {"contender": dataclasses.asdict(contender), "task": task, "tf_config": config}
+        self._tell(process, json.dumps(message))
+
+  def _tell(self, process, line: str):
+    with contextlib.suppress(BrokenPipeError):  # `_hear` tells why.
+      process.stdin.write(f"{line}\n")
+      process.stdin.flush()
+
+  def _hear(self, process) -> dict:
+    """The next report.
+
+    Raises:
+      UserError: the process said that it cannot, failed, or was silent for too long.
+    """
+    timer = threading.Timer(_START_SECONDS, process.kill)
+    timer.start()
+    try:
+      for line in process.stdout:
+        if line.startswith("{"):
+          report = json.loads(line)
+          if "error" in report:
+            raise UserError(f"{self.contender.name}: {report['error']}")
+          return report
+    finally:
+      timer.cancel()
+    print(self._log.read_text(errors="replace")[-4000:], file=sys.stderr)
+    raise UserError(f"{self.contender.name} failed with status {process.wait()}.")
+
+  def ready(self) -> dict:
+    """Waits until all tasks have compiled and warmed up; the first one's report."""
+    reports = [self._hear(process) for process in self._processes]
+    return reports[0]
+
+  def take(self, steps: int) -> dict:
+    """The first task's report of so many steps; memory is all tasks'."""
+    for process in self._processes:
+      self._tell(process, str(steps))
+    reports = [self._hear(process) for process in self._processes]
+    for name in ("cpu_seconds", "peak_bytes", "gpu_peak_bytes"):
+      if name in reports[0]:
+        reports[0][name] = sum(report[name] for report in reports)
+    return reports[0]
+
+  def end(self):
+    for process in self._processes:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+      process.wait()
+      process.stdout.close()
+      with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+
+
+def run_in_turns(contenders: list[Contender], turns: int, steps: int) -> dict:
+  """The reports of each contender's turns, by name; "product" is the ceiling's.
+
+  Raises:
+    UserError: none of them could be measured.
+  """
+  first = contenders[0]
+  product = Contender("product", "product", first.recipe, {})
+  results, running, problems = {}, [], {}
+  with contextlib.ExitStack() as held:
+    scratch = held.enter_context(tempfile.TemporaryDirectory())
+    for contender in [*contenders, product]:
+      processes = Processes(contender, scratch)
+      held.callback(processes.end)
+      try:  # One after another, for compiling keeps all cores busy.
+        results[contender.name] = {"ready": processes.ready(), "turns": []}
+        running.append(processes)
+      except UserError as error:
+        problems[contender.name] = str(error)
+        print(f"not measured: {error}", file=sys.stderr, flush=True)
+        processes.end()
+    for turn in range(turns):
+      begin = turn % len(running)
+      for processes in running[begin:] + running[:begin]:
+        report = processes.take(steps)
+        name = processes.contender.name
+        results[name]["turns"].append(report)
+        seconds = report["seconds"] / steps
+        print(f"turn {turn + 1} of {turns}: {name}: {seconds:.3f} s", file=sys.stderr, flush=True)
+  if not set(results) - {"product"}:
+    raise UserError("None of the contenders could be measured.")
+  return results
+
+
+def summarize(contenders: list[Contender], results: dict, steps: int) -> dict:
+  """The figures by contender's name; ratios are of medians, to the first contender."""
+  rows = {}
+  product = results["product"]["turns"]
+  gpu = "gpu_peak_bytes" in product[0]
+  ceiling = product_flops(gpu) * steps / statistics.median(turn["seconds"] for turn in product)
+  for contender in contenders:
+    if contender.name not in results:
+      continue
+    found = results[contender.name]
+    recipe = Recipe(**contender.recipe)
+    each = [turn["seconds"] / steps for turn in found["turns"]]
+    seconds = statistics.median(each)
+    images = recipe.global_batch_size
+    flops = images * found["ready"]["flops"] / seconds
+    rows[contender.name] = {
+      "kind": contender.kind,
+      "network": recipe.network,
+      "image_size": recipe.image_size,
+      "per_worker_batch_size": recipe.per_worker_batch_size,
+      "workers": recipe.workers,
+      "tasks": contender.tasks,
+      "dtype": recipe.dtype,
+      "step_options": contender.step_options,
+      "step_seconds": seconds,
+      "step_seconds_each": each,
+      "images_per_second": images / seconds,
+      "cpu_seconds": statistics.median(turn["cpu_seconds"] / steps for turn in found["turns"]),
+      "flops_per_second": flops,
+      "share_of_ceiling": flops / ceiling,
+      "peak_bytes": found["turns"][-1]["peak_bytes"],
+      "gpu_peak_bytes": found["turns"][-1].get("gpu_peak_bytes"),
+    }
+  base = next(iter(rows.values()))["images_per_second"]
+  for row in rows.values():
+    row["ratio"] = base / row["images_per_second"]
+  return {"contenders": rows, "ceiling_flops_per_second": ceiling}
+
+
+def to_table(summary: dict) -> list[str]:
+  """Lines for people."""
+  rows = summary["contenders"]
+  width = max(map(len, ["contender", *rows]))
+  heading = ("images/s", "[min–max]", "first/this", "GFLOP/s", "of ceiling", "peak MiB")
+  lines = [f"{'contender':<{width}}" + "".join(f"{cell:>16}" for cell in heading)]
+  for name, row in rows.items():
+    images = row["images_per_second"] * row["step_seconds"]
+    slowest, fastest = (images / pick(row["step_seconds_each"]) for pick in (max, min))
+    cells = (
+      f"{row['images_per_second']:.2f}",
+      f"[{slowest:.2f}–{fastest:.2f}]",
+      f"{row['ratio']:.3f}",
+      f"{row['flops_per_second'] / 1e9:.1f}",
+      f"{row['share_of_ceiling']:.0%}",
+      f"{(row['gpu_peak_bytes'] or row['peak_bytes']) / 2**20:.0f}",
+    )
+    lines.append(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
+  ceiling = summary["ceiling_flops_per_second"] / 1e9
+  return [*lines, f"ceiling: a matrix product at {ceiling:.1f} GFLOP/s"]
+
+
+def main(argv: list[str]) -> int:
+  del argv
+  values = flags.FLAGS
+  try:
+    recipe = train.recipe_from_flags().to_dict()
+    recipe["workers"] = recipe["workers"] or 1
+    recipe["image_size"] = recipe["image_size"] or 224
+    for name, default in (
+      ("channel_mean", (123.675, 116.28, 103.53)),
+      ("channel_std", (58.395, 57.12, 57.375)),
+    ):
+      recipe[name] = recipe[name] or default
+    options = train.step_options_from_flags()
+    contenders = [parse_contender(text, recipe, options) for text in values.contenders]
+    results = run_in_turns(contenders, values.turns, values.steps)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return error.status
+  summary = summarize(contenders, results, values.steps)
+  print("\n".join(to_table(summary)))
+  if values.json:
+    packages = ("tensorflow", "keras", "torch", "numpy")
+    summary["versions"] = {"python": platform.python_version()}
+    for package in packages:
+      with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        summary["versions"][package] = importlib.metadata.version(package)
+    summary["hardware"] = {"machine": platform.processor(), "cores": len(os.sched_getaffinity(0))}
+    pathlib.Path(values.json).write_text(json.dumps(summary, indent=2))
+  return 0
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main)
