@@ -209,6 +209,18 @@ def test_tasks_on_this_machine(tmp_path):
   assert rows[2]["efficiency"] == pytest.approx(1.6 / expected[2] / 4, rel=1e-9)
   assert rows[1]["images_per_second"] == pytest.approx(8 * 16 / expected[1], rel=1e-9)
 
+  flags = ("--tasks=2,4", "--cores=2", "--workers=8", "--step_jitter=0.1")
+  link = {"points": [{"bytes": b, "seconds": b / 1e6} for b in (1e3, 1e6)], "replicas": 4}
+  (tmp_path / "four.json").write_text(json.dumps(link))
+  step, two = measured_files(tmp_path)
+  first, second = run(step, f"{two},{tmp_path}/four.json", *flags)["rows"]
+  assert first["wait_seconds"] == pytest.approx(0.8 * 0.1 / math.sqrt(math.pi), rel=1e-9)
+  # Each number of tasks has the ring that was measured with as many.
+  assert first["allreduce_seconds"] == pytest.approx(0.012, rel=1e-9)
+  assert second["allreduce_seconds"] == pytest.approx(1, rel=1e-9)
+  ratio = first["iteration_seconds"] / second["iteration_seconds"]
+  assert (first["efficiency"], second["efficiency"]) == CLOSE((1, ratio / 2))
+
 
 def test_from_measured_files(tmp_path):
   each = [0.36, 0.4, 0.44, 9.0, 0.3]  # Quarters at 0.36, 0.4, 0.44; 0.08 is 1.349 deviations.
@@ -225,6 +237,16 @@ def test_from_measured_files(tmp_path):
   assert four["efficiency"] == pytest.approx(0.4 / seconds, rel=1e-9)
   assert found["first_gpus_with_over_1_percent_exposed"] == 4
   assert found["network_gigabits_needed_there"] is None  # Six messages take more than 4 ms.
+  # Of a step of 4 s, 40 ms may show; what was measured needs no protocol's overhead.
+  found = run(*measured_files(tmp_path, step_seconds=4, gradient_bytes=1e8), *flags)
+  expected = 1.5 * 1e8 * 8 / (0.04 - 0.006) / 1e9
+  assert found["network_gigabits_needed_there"] == pytest.approx(expected, rel=1e-9)
+  # Of the two workers' passes only the last one's backprop hides anything.
+  found = run(*measured_files(tmp_path), *flags, "--overlap=backprop")
+  link = cluster(gpus_per_server=1, network_latency=1e-3, network_bandwidth=1e8)
+  layers = forecast.gradient_layers("resnet20", 32, 1e6)
+  exposed = make_step(layers=layers, backward_seconds=0.4 / 2 * 2 / 3).exposed(link, 4)
+  assert found["rows"][1]["exposed_seconds"] == pytest.approx(exposed, rel=1e-9)
 
 
 def test_paper_is_the_same_model(tmp_path):
@@ -249,6 +271,9 @@ def test_paper_is_the_same_model(tmp_path):
     hours = rows[f"{kind}: hours of 90 epochs at 256 GPUs"]
     assert hours["predicted"] == pytest.approx(at_256["hours"], rel=rel)
   assert rows[f"{fitted}: {names[0]}"]["predicted"] == pytest.approx(12, rel=1e-9)
+  # Latencies that explain more than the growth leave nothing to fit.
+  slow = run("--paper", "--network_latency=1e-4")["rows"]
+  assert len(slow) == len(rows) - 3 and slow[3]["predicted"] > 12
   peak = next(row for what, row in rows.items() if what.startswith("peak"))
   assert peak["predicted"] == CLOSE(2 * 800 / 120) and peak["paper"] == 12.8
 
