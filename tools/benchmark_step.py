@@ -337,14 +337,15 @@ def product_flops(gpu: bool) -> float:
   return 8 * 2 * _PRODUCT_SIDE["gpu" if gpu else "cpu"] ** 3
 
 
-def training_flops(recipe: Recipe) -> float:
-  """Of one image's forward and backward pass: convolutions and dense layers."""
+def count_work(recipe: Recipe) -> dict[str, int]:
+  """"flops" of one image's forward and backward pass, "parameters" that are trained."""
   import keras
 
   from tf_largebatch import training
 
   forward, first = 0, None
-  for layer in training.build_model(recipe, _CLASSES, "export").layers:
+  model = training.build_model(recipe, _CLASSES, "export")
+  for layer in model.layers:
     if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
       positions = 1
       for side in layer.output.shape[1:-1]:
@@ -352,7 +353,8 @@ def training_flops(recipe: Recipe) -> float:
       flops = 2 * positions * layer.kernel.shape.num_elements()
       first = flops if first is None else first
       forward += flops
-  return 3 * forward - first
+  parameters = sum(variable.shape.num_elements() for variable in model.trainable_variables)
+  return {"flops": 3 * forward - first, "parameters": parameters}
 
 
 _MAKERS = {
@@ -385,7 +387,7 @@ def work():
     take_steps(1)
     report = {"ready": True}
     if message["task"] == 0 and contender.kind != "product":
-      report["flops"] = training_flops(Recipe(**contender.recipe))
+      report |= count_work(Recipe(**contender.recipe))
   except (UserError, ImportError) as error:
     report = {"error": first_line(error)}
   _say(report)
@@ -558,6 +560,7 @@ def summarize(contenders: list[Contender], results: dict, steps: int) -> dict:
       "tasks": contender.tasks,
       "dtype": recipe.dtype,
       "step_options": contender.step_options,
+      "gradient_bytes": 4 * found["ready"]["parameters"],
       "step_seconds": seconds,
       "step_seconds_each": each,
       "images_per_second": images / seconds,

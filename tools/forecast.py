@@ -421,12 +421,17 @@ def whole_numbers(name: str, words: list[str]) -> list[int]:
 
 
 def read_json(path: str, whole: tuple[str, ...], numbers: tuple[str, ...], items: str) -> dict:
-  """The object of a file, with these positive whole numbers, these numbers and this list."""
+  """The object of a file, with these positive whole numbers, these numbers and this list.
+
+  Of several "contenders" (`tools.benchmark_step`) it is the first.
+  """
   try:
     with open(path, encoding="utf-8") as file:
       found = json.load(file)
   except (OSError, ValueError, RecursionError) as error:
     raise UserError(f"{path} cannot be read as JSON ({error}).") from error
+  if isinstance(found, dict) and isinstance(found.get("contenders"), dict):
+    found = next(iter(found["contenders"].values()), None)
   if not isinstance(found, dict) or not isinstance(found.get(items), list):
     raise UserError(f"{path} must hold a JSON object with a list {items!r}.")
   for name in (*whole, *numbers):
