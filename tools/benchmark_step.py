@@ -4,7 +4,8 @@ r"""How fast a training step is, beside Keras and PyTorch, and how near to what 
     --image_size=224 --dtype=float32 --turns=5 --json=step.json
 
 Every field of the recipe is a flag, and a flagfile of the trainer's will do. The contenders run in
-turns, each in a process of its own that waits while another one works, on the same random images:
+turns, each in a process of its own that waits while another one works, on the same random images;
+a turn is a step that is not timed and then those that are:
 
   ours            the compiled step of `step.make_train_step`, as the trainer calls it
   loop            the trainer's own loop around it, with its metrics, input from memory
@@ -338,7 +339,7 @@ def product_flops(gpu: bool) -> float:
 
 
 def count_work(recipe: Recipe) -> dict[str, int]:
-  """"flops" of one image's forward and backward pass, "parameters" that are trained."""
+  """ "flops" of one image's forward and backward pass, "parameters" that are trained."""
   import keras
 
   from tf_largebatch import training
@@ -378,7 +379,8 @@ def work():
     os.sched_setaffinity(0, cores[message["task"] * share :][:share])
   if message["tf_config"]:
     os.environ["TF_CONFIG"] = message["tf_config"]
-  train.set_threads(Recipe(**contender.recipe))
+  if contender.kind in ("ours", "loop"):  # The others run as they come.
+    train.set_environment(Recipe(**contender.recipe))
   from tf_largebatch.cluster import read_cluster
 
   try:
@@ -392,6 +394,7 @@ def work():
     report = {"error": first_line(error)}
   _say(report)
   for line in sys.stdin:
+    take_steps(1)  # Not timed: what it needs was moved out of caches and memory by the others.
     began, cpu = time.perf_counter(), time.process_time()
     last = take_steps(int(line))
     seconds = time.perf_counter() - began
