@@ -384,6 +384,10 @@ def work():
   from tf_largebatch.cluster import read_cluster
 
   try:
+    if contender.kind.startswith("torch"):  # TensorFlow only counts the FLOPs there.
+      import tensorflow as tf
+
+      tf.config.set_visible_devices([], "GPU")
     take_steps = _MAKERS[contender.kind](contender, read_cluster())
     take_steps(1)
     take_steps(1)

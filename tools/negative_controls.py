@@ -54,8 +54,10 @@ MUTATIONS = (
     (
       (
         "step",
-        "images_in_step, workers = recipe.global_batch_size,",
-        "images_in_step, workers = images.shape[0] * images.shape[1],",
+        "    # [workers, n, …] → [passes, g·n",
+        "    nonlocal images_in_step\n"
+        "    images_in_step = images.shape[0] * images.shape[1]\n"
+        "    # [workers, n, …] → [passes, g·n",
       ),
     ),
   ),
@@ -98,7 +100,7 @@ MUTATIONS = (
     "momentum correction",
     (
       ("optimizer", '"decay": self.momentum * factor,', '"decay": self.momentum, "after": factor,'),
-      ("optimizer", "self.assign(buffer, velocity)", 'self.assign(buffer, by["after"] * velocity)'),
+      ("optimizer", "buffer.assign(velocity)", 'buffer.assign(by["after"] * velocity)'),
     ),
   ),
   Mutation(
@@ -107,26 +109,28 @@ MUTATIONS = (
     (
       (
         "step",
-        "  weights = _tensors(model.trainable_variables)\n  statistics",
-        "  carried = images.shape[0]\n"
-        "  images = tf.reshape(images, [1, -1, *images.shape[2:]])\n"
-        "  labels = tf.reshape(labels, [1, -1])\n"
-        "  weights = _tensors(model.trainable_variables)\n  statistics",
+        "    # [workers, n, …] → [passes, g·n",
+        "    nonlocal workers_per_pass\n"
+        "    workers_per_pass = images.shape[0]\n"
+        "    # [workers, n, …] → [passes, g·n",
       ),
-      ("step", "[update / workers for", "[update * carried / workers for"),
+      (
+        "training",
+        "PerWorkerBatchNormalization, per_worker_batch_size=recipe.per_worker_batch_size",
+        "PerWorkerBatchNormalization",
+      ),
     ),
   ),
   Mutation(
     "BN statistics of the first worker only",
     "moving statistics",
     (
-      ("step", "[update / workers for", "[update * count / workers for"),
       (
         "step",
-        "    return index + 1, tf.nest",
-        "    first = [tf.where(index == 0, x, tf.zeros_like(x)) for x in addends[1]]\n"
-        "    addends = (addends[0], first, *addends[2:])\n"
-        "    return index + 1, tf.nest",
+        "      return index + 1, tf.nest",
+        "      first = [tf.where(index == 0, x * count, tf.zeros_like(x)) for x in addends[1]]\n"
+        "      addends = (addends[0], first, *addends[2:])\n"
+        "      return index + 1, tf.nest",
       ),
     ),
   ),
@@ -138,7 +142,7 @@ MUTATIONS = (
         "step",
         "    scalars = {\n",
         "    local = recipe.workers / images.shape[0]\n"
-        "    statistics = [local * value for value in sums[1]]\n"
+        "    statistics = [local * value for value in rest[0]]\n"
         "    scalars = {\n",
       ),
     ),
@@ -224,7 +228,7 @@ MUTATIONS = (
   Mutation(
     "moving statistics divided by n",
     "moving statistics",
-    (("step", "[update / workers for", "[update / recipe.per_worker_batch_size for"),),
+    (("step", "share = workers_per_pass / workers", "share = 1 / recipe.per_worker_batch_size"),),
   ),
   Mutation(
     "second decay lost", "step decay", (("schedule", "** decays", "** tf.minimum(decays, 1)"),)
@@ -247,8 +251,8 @@ MUTATIONS = (
     (
       (
         "training",
-        'layer = PerWorkerBatchNormalization if purpose != "export" else',
-        "layer = PerWorkerBatchNormalization if not purpose else",
+        'if purpose != "export":',
+        'if purpose == "never":',
       ),
     ),
   ),
