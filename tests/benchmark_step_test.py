@@ -39,13 +39,13 @@ def test_flops_of_resnet50_are_those_of_its_table():
 
 def test_a_contenders_options_go_where_they_belong():
   contender = benchmark_step.parse_contender(
-    "ours:workers=8:workers_per_pass=2:jit_compile=true:dtype=bfloat16:tasks=4",
+    "ours:workers=8:workers_per_pass=2:jit_compile=true:dtype=bfloat16:TF_X=0:tasks=4",
     _RECIPE.to_dict(),
     {"workers_per_pass": None, "bytes_per_pack": 0},
   )
   assert contender.kind == "ours" and contender.tasks == 4
   assert Recipe(**contender.recipe).workers == 8 and contender.recipe["dtype"] == "bfloat16"
-  assert contender.recipe["image_size"] == 224
+  assert contender.recipe["image_size"] == 224 and contender.environment == {"TF_X": "0"}
   assert contender.step_options == {"workers_per_pass": 2, "bytes_per_pack": 0, "jit_compile": True}
 
 
@@ -93,7 +93,7 @@ def test_a_real_run(tmp_path):
   process = run_module(
     "tools.benchmark_step",
     *("--network=resnet20", "--image_size=8", "--per_worker_batch_size=2", "--turns=2"),
-    *("--contenders=ours:workers=2:tasks=2,loop,fit", f"--json={path}"),
+    *("--contenders=ours:workers=2:tasks=2,loop,fit", f"--json={path}", "--profile"),
     timeout=240,
   )
   assert process.returncode == 0, process.stderr
@@ -101,6 +101,7 @@ def test_a_real_run(tmp_path):
   rows = found["contenders"]
   assert list(rows) == ["ours:workers=2:tasks=2", "loop", "fit"]
   for row in rows.values():
+    assert any("Conv2DBackpropFilter" in name for name in row["operations"])
     assert len(row["step_seconds_each"]) == 2
     assert row["images_per_second"] == 2 * row["workers"] / row["step_seconds"]
     assert 0 < row["share_of_ceiling"] < 1 and row["peak_bytes"] > 2**27

@@ -60,15 +60,15 @@ class StepOptions:
     allreduce_dtype: "float32" sends the gradients as they are; "bfloat16" sends their first 8 bits
       of precision, half the bytes: the one option by which a run depends on its cluster, for one
       replica alone sends nothing.
-    bytes_per_pack: of the gradients that travel together; 0: all in one. A pack leaves as soon as
-      it is complete, while backprop goes on, where the replica has a single pass that XLA does not
-      compile.
+    bytes_per_pack: of the gradients that travel together (at least, save the last); 0: all in one.
+      A pack leaves as soon as the last pass' backprop has completed it, unless XLA compiles the
+      passes, whose results come all at once.
   """
 
   workers_per_pass: int | None = None
   jit_compile: bool | None = None
   allreduce_dtype: str = "float32"
-  bytes_per_pack: int = 0
+  bytes_per_pack: int = 2**24
 
   @property
   def jit(self) -> bool:
@@ -143,7 +143,7 @@ def check_workers_per_pass(workers_per_pass: int, workers_on_replica: int):
   if workers_on_replica % workers_per_pass:
     values = [g for g in range(1, workers_on_replica + 1) if workers_on_replica % g == 0]
     raise UserError(
-      f"workers_per_pass={workers_per_pass} does not divide the {workers_on_replica} workers of a "
+      f"workers_per_pass={workers_per_pass} does not divide a replica's workers ("
       f"replica; {', '.join(map(str, values))} or auto would do."
     )
 

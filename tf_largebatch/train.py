@@ -116,8 +116,8 @@ _RUN_FLAGS = (
   ),
   flags.DEFINE_integer(
     "bytes_per_pack",
-    0,
-    "Bytes of gradients that travel at once between devices; 0: all of them.",
+    2**24,
+    "Bytes of gradients that travel together between devices, at least; 0: all of them.",
     lower_bound=0,
     upper_bound=2**31 - 1,
   ),

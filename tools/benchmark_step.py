@@ -15,15 +15,18 @@ a turn is a step that is not timed and then those that are:
   torch_compiled  the same by `torch.compile`
 
 A contender takes options of its own, `ours:workers=8:tasks=2`: fields of the recipe, the trainer's
-workers_per_pass, jit_compile, allreduce_dtype and bytes_per_pack, and for ours tasks, which share
-the cores evenly between them. Those that are not ours take the step's kn images of k workers in k
-passes with gradients added up, as one would there.
+workers_per_pass, jit_compile, allreduce_dtype and bytes_per_pack, variables of the environment
+(TF_ENABLE_ONEDNN_OPTS=0), and for ours tasks, which share the cores evenly between them. Those that
+are not ours take the step's kn images of k workers in k passes with gradients added up, as one
+would there.
 
 FLOPs are those of convolutions and dense layers, 2 a multiply-add, and backprop twice the forward
 pass (less the first layer's gradient of its input). The ceiling is a large matrix product's in the
-same dtype, in the turns too.
+same dtype, in the turns too. --profile tells the operations that most of each one's step goes to
+(not PyTorch's): on a CPU seconds of all threads, on a GPU of its kernels.
 """
 
+import collections
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -51,6 +54,7 @@ from tools.launch_local import free_addresses
 _KINDS = ("ours", "loop", "keras", "fit", "torch", "torch_compiled")
 _STEP_OPTIONS = ("workers_per_pass", "jit_compile", "allreduce_dtype", "bytes_per_pack")
 _CLASSES = 1000
+_OPERATIONS = 12  # That the table tells; the JSON has all.
 _START_SECONDS = 1200  # Compiling for a GPU takes minutes.
 _PRODUCT_SIDE = {"cpu": 2048, "gpu": 8192}
 
@@ -60,16 +64,18 @@ def define_flags():
   flags.DEFINE_integer("turns", 5, "How often each is timed.", lower_bound=1)
   flags.DEFINE_integer("steps", 1, "Steps of each in a turn.", lower_bound=1)
   flags.DEFINE_string("json", None, "File for the figures.")
+  flags.DEFINE_boolean("profile", False, "Tell the operations, too.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-  """What is timed: a kind, the recipe's fields, and how the step is computed."""
+  """What is timed: a kind, the recipe's fields, how the step is computed, and on what."""
 
   name: str
   kind: str
   recipe: dict
   step_options: dict
+  environment: dict
   tasks: int = 1
 
 
@@ -82,9 +88,12 @@ def parse_contender(text: str, recipe: dict, step_options: dict) -> Contender:
   kind, *settings = text.split(":")
   if kind not in _KINDS:
     raise UserError(f"--contenders={text}: {kind!r} is none of {', '.join(_KINDS)}.")
-  recipe, step_options, tasks = dict(recipe), dict(step_options), 1
+  recipe, step_options, environment, tasks = dict(recipe), dict(step_options), {}, 1
   for setting in settings:
     name, _, value = setting.partition("=")
+    if name.isupper():
+      environment[name] = value
+      continue
     with contextlib.suppress(ValueError):
       value = json.loads(value)
     if name == "tasks":
@@ -102,7 +111,7 @@ def parse_contender(text: str, recipe: dict, step_options: dict) -> Contender:
     raise UserError(f"--contenders={text}: of PyTorch's networks only resnet50 is here.")
   if tasks > 1 and kind != "ours":
     raise UserError(f"--contenders={text}: several tasks are for ours alone.")
-  return Contender(text, kind, recipe, step_options, tasks)
+  return Contender(text, kind, recipe, step_options, environment, tasks)
 
 
 # What each contender's process does: builds a function that takes a step and returns its loss.
@@ -384,7 +393,7 @@ def work():
   from tf_largebatch.cluster import read_cluster
 
   try:
-    if contender.kind.startswith("torch"):  # TensorFlow only counts the FLOPs there.
+    if not _is_tensorflow(contender):  # TensorFlow only counts the FLOPs there.
       import tensorflow as tf
 
       tf.config.set_visible_devices([], "GPU")
@@ -398,6 +407,9 @@ def work():
     report = {"error": first_line(error)}
   _say(report)
   for line in sys.stdin:
+    if line.strip() == "profile":
+      _say({"operations": _profile(take_steps) if _is_tensorflow(contender) else {}})
+      continue
     take_steps(1)  # Not timed: what it needs was moved out of caches and memory by the others.
     began, cpu = time.perf_counter(), time.process_time()
     last = take_steps(int(line))
@@ -407,10 +419,37 @@ def work():
   os._exit(0)  # Without the destructors of the libraries' threads, some of which wait.
 
 
+def _is_tensorflow(contender: Contender) -> bool:
+  return not contender.kind.startswith("torch")
+
+
+def _profile(take_steps: Callable) -> dict[str, float]:
+  """Seconds of a step by operation, of a GPU's kernels or else of the CPU's threads."""
+  import tensorflow as tf
+  from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+  with tempfile.TemporaryDirectory() as directory:
+    with tf.profiler.experimental.Profile(directory):
+      take_steps(1)
+    (path,) = pathlib.Path(directory).rglob("*.xplane.pb")
+    space = xplane_pb2.XSpace.FromString(path.read_bytes())
+  planes = [plane for plane in space.planes if "device:GPU" in plane.name]
+  found = collections.Counter()
+  for plane in planes or [plane for plane in space.planes if "host:CPU" in plane.name]:
+    for line in plane.lines:
+      for event in line.events:
+        name = plane.event_metadata[event.metadata_id].name
+        # On the CPU an operation is "its name:its type"; what calls it is there, too.
+        _, colon, kind = name.rpartition(":")
+        if planes or (colon and kind.isidentifier()):
+          found[name if planes else kind] += event.duration_ps / 1e12
+  return dict(found.most_common())
+
+
 def _memory(contender: Contender) -> dict:
   """The process' largest resident set so far, and the GPU's largest use, in bytes."""
   found = {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-  if contender.kind.startswith("torch"):
+  if not _is_tensorflow(contender):
     import torch
 
     if torch.cuda.is_available():
@@ -452,7 +491,12 @@ class Processes:
           stdout=subprocess.PIPE,
           stderr=log,
           text=True,
-          env={**os.environ, "TF_FORCE_GPU_ALLOW_GROWTH": "true", "TMPDIR": scratch},
+          env={
+            **os.environ,
+            "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+            "TMPDIR": scratch,
+            **contender.environment,
+          },
           start_new_session=True,
         )
         self._processes.append(process)
@@ -499,6 +543,13 @@ class Processes:
         reports[0][name] = sum(report[name] for report in reports)
     return reports[0]
 
+  def profile(self) -> dict[str, float]:
+    """The first task's operations; the others take the step with it."""
+    for process in self._processes:
+      self._tell(process, "profile")
+    reports = [self._hear(process) for process in self._processes]
+    return reports[0]["operations"]
+
   def end(self):
     for process in self._processes:
       with contextlib.suppress(ProcessLookupError):
@@ -509,14 +560,14 @@ class Processes:
         process.stdin.close()
 
 
-def run_in_turns(contenders: list[Contender], turns: int, steps: int) -> dict:
+def run_in_turns(contenders: list[Contender], turns: int, steps: int, profile: bool) -> dict:
   """The reports of each contender's turns, by name; "product" is the ceiling's.
 
   Raises:
     UserError: none of them could be measured.
   """
   first = contenders[0]
-  product = Contender("product", "product", first.recipe, {})
+  product = Contender("product", "product", first.recipe, {}, {})
   results, running, problems = {}, [], {}
   with contextlib.ExitStack() as held:
     scratch = held.enter_context(tempfile.TemporaryDirectory())
@@ -538,6 +589,9 @@ def run_in_turns(contenders: list[Contender], turns: int, steps: int) -> dict:
         results[name]["turns"].append(report)
         seconds = report["seconds"] / steps
         print(f"turn {turn + 1} of {turns}: {name}: {seconds:.3f} s", file=sys.stderr, flush=True)
+    if profile:
+      for processes in running:
+        results[processes.contender.name]["operations"] = processes.profile()
   if not set(results) - {"product"}:
     raise UserError("None of the contenders could be measured.")
   return results
@@ -576,6 +630,7 @@ def summarize(contenders: list[Contender], results: dict, steps: int) -> dict:
       "share_of_ceiling": flops / ceiling,
       "peak_bytes": found["turns"][-1]["peak_bytes"],
       "gpu_peak_bytes": found["turns"][-1].get("gpu_peak_bytes"),
+      "operations": found.get("operations", {}),
     }
   base = next(iter(rows.values()))["images_per_second"]
   for row in rows.values():
@@ -601,6 +656,12 @@ def to_table(summary: dict) -> list[str]:
       f"{(row['gpu_peak_bytes'] or row['peak_bytes']) / 2**20:.0f}",
     )
     lines.append(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
+  for name, row in rows.items():
+    operations = list(row["operations"].items())[:_OPERATIONS]
+    if operations:
+      total = sum(row["operations"].values())
+      shares = (f"{kind} {seconds / total:.1%}" for kind, seconds in operations)
+      lines.append(f"{name}: {total:.3f} s: {', '.join(shares)}")
   ceiling = summary["ceiling_flops_per_second"] / 1e9
   return [*lines, f"ceiling: a matrix product at {ceiling:.1f} GFLOP/s"]
 
@@ -619,7 +680,7 @@ def main(argv: list[str]) -> int:
       recipe[name] = recipe[name] or default
     options = train.step_options_from_flags()
     contenders = [parse_contender(text, recipe, options) for text in values.contenders]
-    results = run_in_turns(contenders, values.turns, values.steps)
+    results = run_in_turns(contenders, values.turns, values.steps, values.profile)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return error.status
