@@ -141,7 +141,7 @@ def test_gradients_that_float16_cannot_hold_skip_the_step():
 
 
 def test_bad_workers_per_pass_is_refused():
-  with pytest.raises(UserError, match=r"workers_per_pass=3 .* 8 workers .* 1, 2, 4, 8 or auto"):
+  with pytest.raises(UserError, match=r"workers_per_pass=3 .* a replica, 8; 1, 2, 4, 8 or auto"):
     step.check_workers_per_pass(3, 8)
   step.check_workers_per_pass(4, 8)
 

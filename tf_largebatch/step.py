@@ -143,8 +143,8 @@ def check_workers_per_pass(workers_per_pass: int, workers_on_replica: int):
   if workers_on_replica % workers_per_pass:
     values = [g for g in range(1, workers_on_replica + 1) if workers_on_replica % g == 0]
     raise UserError(
-      f"workers_per_pass={workers_per_pass} does not divide a replica's workers ("
-      f"replica; {', '.join(map(str, values))} or auto would do."
+      f"workers_per_pass={workers_per_pass} does not divide the number of workers of a replica, "
+      f"{workers_on_replica}; {', '.join(map(str, values))} or auto would do."
     )
 
 
