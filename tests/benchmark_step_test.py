@@ -58,6 +58,7 @@ def test_a_contenders_options_go_where_they_belong():
     ("ours:dtype=int8", "int8"),
     ("ours:workers=8:tasks=3", "tasks=3"),
     ("ours:tasks=x", "tasks=x"),
+    ("ours:cores=0", "cores=0"),
     ("keras:tasks=2", "ours alone"),
     ("torch:network=resnet20", "resnet50"),
   ],

@@ -8,6 +8,7 @@ order in which floats are summed.
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable
 
@@ -20,8 +21,8 @@ from tf_largebatch.loss_scale import LossScale
 from tf_largebatch.recipe import Recipe
 
 # Passes that a replica may have under way at once: two keep a CPU's cores busy where each op is
-# small, and hold the activations of two.
-PASSES_AT_ONCE = 2
+# small, and hold the activations of two. Of a single core they would only share the caches.
+PASSES_AT_ONCE = min(2, len(os.sched_getaffinity(0)))
 
 
 def _loss_sum(recipe: Recipe, labels, logits):

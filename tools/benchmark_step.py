@@ -16,9 +16,9 @@ a turn is a step that is not timed and then those that are:
 
 A contender takes options of its own, `ours:workers=8:tasks=2`: fields of the recipe, the trainer's
 workers_per_pass, jit_compile, allreduce_dtype and bytes_per_pack, variables of the environment
-(TF_ENABLE_ONEDNN_OPTS=0), and for ours tasks, which share the cores evenly between them. Those that
-are not ours take the step's kn images of k workers in k passes with gradients added up, as one
-would there.
+(TF_ENABLE_ONEDNN_OPTS=0), cores, the machine's first so many, and for ours tasks, which share the
+cores evenly between them. Those that are not ours take the step's kn images of k workers in k
+passes with gradients added up, as one would there.
 
 FLOPs are those of convolutions and dense layers, 2 a multiply-add, and backprop twice the forward
 pass (less the first layer's gradient of its input). The ceiling is a large matrix product's in the
@@ -77,6 +77,7 @@ class Contender:
   step_options: dict
   environment: dict
   tasks: int = 1
+  cores: int | None = None  # None: all.
 
 
 def parse_contender(text: str, recipe: dict, step_options: dict) -> Contender:
@@ -88,7 +89,8 @@ def parse_contender(text: str, recipe: dict, step_options: dict) -> Contender:
   kind, *settings = text.split(":")
   if kind not in _KINDS:
     raise UserError(f"--contenders={text}: {kind!r} is none of {', '.join(_KINDS)}.")
-  recipe, step_options, environment, tasks = dict(recipe), dict(step_options), {}, 1
+  recipe, step_options, environment = dict(recipe), dict(step_options), {}
+  own = {"tasks": 1, "cores": len(os.sched_getaffinity(0))}
   for setting in settings:
     name, _, value = setting.partition("=")
     if name.isupper():
@@ -96,8 +98,10 @@ def parse_contender(text: str, recipe: dict, step_options: dict) -> Contender:
       continue
     with contextlib.suppress(ValueError):
       value = json.loads(value)
-    if name == "tasks":
-      tasks = value
+    if name in own:
+      own[name] = value
+      if type(value) is not int or value < 1:
+        raise UserError(f"--contenders={text}: {setting!r} must be a whole number from 1.")
     elif name in _STEP_OPTIONS:
       step_options[name] = value
     elif name in recipe:
@@ -105,13 +109,13 @@ def parse_contender(text: str, recipe: dict, step_options: dict) -> Contender:
     else:
       raise UserError(f"--contenders={text}: {setting!r} is no option of a contender.")
   recipe = Recipe(**recipe).to_dict()  # Raises where a value is out of range.
-  if type(tasks) is not int or tasks < 1 or (recipe["workers"] or 1) % tasks:
-    raise UserError(f"--contenders={text}: tasks={tasks} must divide the workers.")
+  if (recipe["workers"] or 1) % own["tasks"]:
+    raise UserError(f"--contenders={text}: tasks={own['tasks']} must divide the workers.")
   if kind.startswith("torch") and recipe["network"] != "resnet50":
     raise UserError(f"--contenders={text}: of PyTorch's networks only resnet50 is here.")
-  if tasks > 1 and kind != "ours":
+  if own["tasks"] > 1 and kind != "ours":
     raise UserError(f"--contenders={text}: several tasks are for ours alone.")
-  return Contender(text, kind, recipe, step_options, environment, tasks)
+  return Contender(text, kind, recipe, step_options, environment, **own)
 
 
 # What each contender's process does: builds a function that takes a step and returns its loss.
@@ -382,10 +386,9 @@ def work():
   """The program of such a process: told a contender, then numbers of steps, on stdin."""
   message = json.loads(sys.stdin.readline())
   contender = Contender(**message["contender"])
-  cores = sorted(os.sched_getaffinity(0))
-  share = len(cores) // contender.tasks
-  if share:
-    os.sched_setaffinity(0, cores[message["task"] * share :][:share])
+  cores = sorted(os.sched_getaffinity(0))[: contender.cores]
+  share, task = len(cores) // contender.tasks, message["task"]
+  os.sched_setaffinity(0, cores[task * share :][:share] if share else cores)
   if message["tf_config"]:
     os.environ["TF_CONFIG"] = message["tf_config"]
   if contender.kind in ("ours", "loop"):  # The others run as they come.
@@ -401,7 +404,7 @@ def work():
     take_steps(1)
     take_steps(1)
     report = {"ready": True}
-    if message["task"] == 0 and contender.kind != "product":
+    if task == 0 and contender.kind != "product":
       report |= count_work(Recipe(**contender.recipe))
   except (UserError, ImportError) as error:
     report = {"error": first_line(error)}
@@ -619,6 +622,7 @@ def summarize(contenders: list[Contender], results: dict, steps: int) -> dict:
       "per_worker_batch_size": recipe.per_worker_batch_size,
       "workers": recipe.workers,
       "tasks": contender.tasks,
+      "cores": contender.cores,
       "dtype": recipe.dtype,
       "step_options": contender.step_options,
       "gradient_bytes": 4 * found["ready"]["parameters"],
