@@ -22,7 +22,8 @@ from tf_largebatch.recipe import Recipe
 
 # Passes that a replica may have under way at once: two keep a CPU's cores busy where each op is
 # small, and hold the activations of two. Of a single core they would only share the caches.
-PASSES_AT_ONCE = min(2, len(os.sched_getaffinity(0)))
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+PASSES_AT_ONCE = min(2, _CORES)
 
 
 def _loss_sum(recipe: Recipe, labels, logits):
