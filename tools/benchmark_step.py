@@ -571,7 +571,7 @@ def run_in_turns(contenders: list[Contender], turns: int, steps: int, profile: b
   """
   first = contenders[0]
   product = Contender("product", "product", first.recipe, {}, {})
-  results, running, problems = {}, [], {}
+  results, running = {}, []
   with contextlib.ExitStack() as held:
     scratch = held.enter_context(tempfile.TemporaryDirectory())
     for contender in [*contenders, product]:
@@ -581,7 +581,8 @@ def run_in_turns(contenders: list[Contender], turns: int, steps: int, profile: b
         results[contender.name] = {"ready": processes.ready(), "turns": []}
         running.append(processes)
       except UserError as error:
-        problems[contender.name] = str(error)
+        if contender is product:
+          raise
         print(f"not measured: {error}", file=sys.stderr, flush=True)
         processes.end()
     for turn in range(turns):
