@@ -345,13 +345,21 @@ def test_a_minibatch_larger_than_the_data_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "flags, warned", [("fpu avx avx2", True), ("avx2 avx512_bf16", False), ("asimd bf16", False)]
+  "dtype, flags, warned",
+  [
+    ("bfloat16", "fpu avx avx2", True),
+    ("bfloat16", "avx2 avx512_bf16", False),
+    ("bfloat16", "asimd bf16", False),
+    ("float16", "avx2 avx512_bf16", True),
+    ("float16", "avx512_fp16", False),
+    ("float32", "fpu", False),
+  ],
 )
-def test_a_cpu_that_must_emulate_bfloat16_is_named(tmp_path, caplog, flags, warned):
+def test_a_cpu_that_must_emulate_16_bits_is_named(tmp_path, caplog, dtype, flags, warned):
   (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags} sse\n")
   with caplog.at_level("WARNING", logger="absl"):
-    training._warn_of_slow_bfloat16(str(tmp_path / "cpuinfo"))
-    training._warn_of_slow_bfloat16(str(tmp_path / "nothing"))
+    training._warn_of_slow_dtype(dtype, str(tmp_path / "cpuinfo"))
+    training._warn_of_slow_dtype(dtype, str(tmp_path / "nothing"))
   assert len(caplog.records) == warned
 
 

@@ -38,6 +38,11 @@ from tf_largebatch.schedule import LinearScalingSchedule
 
 # What a run writes over in its work directory.
 _WRITTEN = ("flags.txt", "metrics.jsonl", "model.keras", "result.json", "checkpoints")
+# What Linux calls the instructions for them, on x86 and ARM.
+_CPU_FEATURES = {
+  "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},
+  "float16": {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
 _POLICIES = {
   "float32": "float32",
   "bfloat16": "mixed_bfloat16",
@@ -158,8 +163,8 @@ def train_and_evaluate(
     if cluster.is_chief:
       held.enter_context(_only_run_in(work_dir))
     _log_arithmetic(recipe, derived, source, validation, environment["cluster"])
-    if recipe.dtype == "bfloat16" and "CPU:0" in environment["cluster"]["devices_per_task"]:
-      _warn_of_slow_bfloat16()
+    if "CPU:0" in environment["cluster"]["devices_per_task"]:
+      _warn_of_slow_dtype(recipe.dtype)
 
     with strategy.scope():
       model = build_model(recipe, source.num_classes)
@@ -782,16 +787,18 @@ def _log_arithmetic(recipe: Recipe, derived: dict, source, validation, cluster: 
     logging.info("%s", line)
 
 
-def _warn_of_slow_bfloat16(cpuinfo: str = "/proc/cpuinfo"):
-  """Says so where the CPU must emulate bfloat16, as far as Linux tells."""
-  if not os.path.exists(cpuinfo):
+def _warn_of_slow_dtype(dtype: str, cpuinfo: str = "/proc/cpuinfo"):
+  """Says so where the CPU must emulate 16 bits, as far as Linux tells."""
+  if dtype not in _CPU_FEATURES or not os.path.exists(cpuinfo):
     return
   with open(cpuinfo) as file:
     features = file.read().split()
-  if not {"avx512_bf16", "amx_bf16", "bf16"} & set(features):
+  if not _CPU_FEATURES[dtype] & set(features):
     logging.warning(
-      "This CPU has no bfloat16 instructions, which makes dtype=bfloat16 many times slower than "
-      "dtype=float32 (another recipe, in another work_dir)."
+      "This CPU has no %s instructions, which makes dtype=%s many times slower than "
+      "dtype=float32 (another recipe, in another work_dir).",
+      dtype,
+      dtype,
     )
 
 
