@@ -15,7 +15,7 @@ train: $(VENV)/.installed
 	  --data_dir=data --work_dir=runs/cifar10_resnet20
 
 test: lint
-	$(RUN) -m pytest -q --numprocesses=2 --dist=loadfile
+	$(RUN) -m pytest -q --numprocesses=2 --dist=loadgroup
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

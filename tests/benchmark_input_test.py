@@ -418,6 +418,9 @@ benchmark_input._run = lambda: benchmark_input.run_alone("time_reader", task, ar
 sys.exit(benchmark_input.main(["benchmark_input"]))
 """
 
+# One process takes all of them, for what they share takes long to make.
+pytestmark = pytest.mark.xdist_group("benchmark_input")
+
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_when_it_is_stopped(task, tmp_path, stop):

@@ -14,6 +14,9 @@ from tests.launching import launch
 from tf_largebatch.input_pipeline import example_ids
 from tools import reference, verify
 
+# One process takes all of them, for what they share takes long to make.
+pytestmark = pytest.mark.xdist_group("conformance")
+
 # (tasks, replicas a task): 4, 2 or 1 workers a replica.
 CLUSTERS = [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)]
 # float32, whose BN is another kernel, on the simplest and on that with most parts.

@@ -18,6 +18,9 @@ from tf_largebatch import preparation
 from tf_largebatch.errors import UserError
 from tools import make_photographs
 
+# One process takes all of them, for what they share takes long to make.
+pytestmark = pytest.mark.xdist_group("make_photographs")
+
 _ROOT = pathlib.Path(__file__).parent.parent
 _COLOURS = [(200, 60, 40), (40, 160, 80), (60, 80, 200)]
 _TRAIN, _VALIDATION = 30, 28  # Just enough to hold every kind of image.

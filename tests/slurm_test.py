@@ -26,6 +26,9 @@ from tf_largebatch.cluster import read_cluster
 from tf_largebatch.errors import UserError
 from tools.slurm import task
 
+# One process takes all of them, for what they share takes long to make.
+pytestmark = pytest.mark.xdist_group("slurm")
+
 # What `scontrol show hostnames` does for names of the form n[0-2]; it gets nothing else here.
 _SCONTROL = """#!/bin/sh
 [ "$1 $2" = "show hostnames" ] || exit 2

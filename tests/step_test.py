@@ -1,5 +1,6 @@
 """The step against the paper's sums, whichever way it is computed (`StepOptions`)."""
 
+import functools
 import itertools
 import json
 import subprocess
@@ -54,6 +55,14 @@ def _batches(recipe, count=3):
 
 def _steps(recipe, options, dtype):
   """The weights (float64) and scalars after three steps."""
+  keras.config.set_floatx("float64" if dtype == "float64" else "float32")  # The optimizer's rate.
+  try:
+    return _steps_in(recipe, options, dtype)
+  finally:
+    keras.config.set_floatx("float32")
+
+
+def _steps_in(recipe, options, dtype):
   model = _model(recipe.per_worker_batch_size, dtype)
   optimizer = MomentumCorrectedSGD(0.2, weight_decay=0.1, jit_compile=options.jit)
   optimizer.build(model.trainable_variables)
@@ -71,32 +80,30 @@ def _difference(some, others):
   return max(np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in zip(some, others, strict=True))
 
 
-@pytest.fixture(scope="module")
-def one_by_one():
-  keras.config.set_floatx("float64")  # Of the optimizer's rate.
-  yield _steps(_recipe(dtype="float64"), StepOptions(workers_per_pass=1), "float64")
-  keras.config.set_floatx("float32")
+@functools.cache
+def _one_by_one():
+  return _steps(_recipe(dtype="float64"), StepOptions(workers_per_pass=1), "float64")
 
 
 @pytest.mark.parametrize(
   "workers_per_pass, jit", [(1, True), (2, False), (2, True), (4, False), (4, True)]
 )
-def test_any_number_of_workers_in_a_pass_takes_the_same_steps(one_by_one, workers_per_pass, jit):
+def test_any_number_of_workers_in_a_pass_takes_the_same_steps(workers_per_pass, jit):
   options = StepOptions(workers_per_pass=workers_per_pass, jit_compile=jit)
   weights, scalars = _steps(_recipe(dtype="float64"), options, "float64")
-  assert _difference(weights, one_by_one[0]) < 1e-12
-  for some, others in zip(scalars, one_by_one[1], strict=True):
+  assert _difference(weights, _one_by_one()[0]) < 1e-12
+  for some, others in zip(scalars, _one_by_one()[1], strict=True):
     assert some.keys() == others.keys()
     np.testing.assert_allclose(list(some.values()), list(others.values()), rtol=1e-12)
 
 
-def test_another_n_is_another_step(one_by_one):
+def test_another_n_is_another_step():
   """What the test above would not see if batch normalisation went over the whole pass."""
   recipe = _recipe(workers=2, n=10, dtype="float64")
   weights, _ = _steps(recipe, StepOptions(workers_per_pass=1), "float64")
   images = recipe.global_batch_size
   assert images == _recipe().global_batch_size
-  assert _difference(weights, one_by_one[0]) > 1e-3
+  assert _difference(weights, _one_by_one()[0]) > 1e-3
 
 
 @pytest.mark.parametrize("workers_per_pass", [1, 2])
