@@ -147,6 +147,37 @@ def test_gradients_that_float16_cannot_hold_skip_the_step():
   assert int(optimizer.iterations.value) == len(taken)  # The schedule went on.
 
 
+@pytest.mark.parametrize(
+  "seconds, workers, expected",
+  [
+    ({1: 1.0, 2: 1.5, 4: 2.9, 8: 6.0}, 8, 4),  # A worker takes 1, 0.75, 0.725 and 0.75.
+    ({1: 1.0, 2: 1.97}, 8, 1),  # Too little faster.
+    ({1: 1.0, 2: 1.0, 4: None}, 8, 2),  # No memory for four.
+    ({1: 1.0, 2: 1.0}, 6, 2),  # Four do not divide six.
+  ],
+)
+def test_on_a_gpu_workers_go_together_while_that_is_faster(monkeypatch, seconds, workers, expected):
+  tried = []
+
+  def make(model, recipe, options):
+    tried.append(options.workers_per_pass)
+    return lambda *_: (None, None, 0.0, 0.0)
+
+  def measured(_):
+    if seconds[tried[-1]] is None:
+      raise tf.errors.ResourceExhaustedError(None, None, "out of memory")
+    return seconds[tried[-1]]
+
+  monkeypatch.setattr(step.tf.config, "get_visible_devices", lambda kind: [kind])
+  monkeypatch.setattr(step, "make_replica_sums", make)
+  monkeypatch.setattr(step, "_seconds", measured)
+  arguments = (_model(5, "float32"), _recipe(workers), StepOptions(), workers)
+  assert step.choose_workers_per_pass(*arguments) == expected
+  assert tried == list(seconds)
+  monkeypatch.setattr(step.tf.config, "get_visible_devices", lambda kind: [])
+  assert step.choose_workers_per_pass(*arguments) == 1
+
+
 def test_bad_workers_per_pass_is_refused():
   with pytest.raises(UserError, match=r"workers_per_pass=3 .* a replica, 8; 1, 2, 4, 8 or auto"):
     step.check_workers_per_pass(3, 8)

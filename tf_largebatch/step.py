@@ -155,8 +155,8 @@ def choose_workers_per_pass(
 ) -> int:
   """The g that takes a replica's workers through the network fastest, measured on this device.
 
-  On a GPU ever more workers (powers of two that divide the replica's) go through at once on random
-  images, until that is no faster or the memory is full. On a CPU g = 1: its cores are busy with
+  On a GPU ever more workers (powers of two that divide the replica's) go through at once, on images
+  of zeros, until that is no faster or the memory is full. On a CPU g = 1: its cores are busy with
   one worker, whose activations are the more likely to fit its caches (docs/speed.md).
   """
   if not tf.config.get_visible_devices("GPU"):

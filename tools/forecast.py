@@ -52,7 +52,7 @@ def define_flags():
   flags.DEFINE_integer("image_size", 224, "Height and width.")
   flags.DEFINE_float("gradient_bytes", None, "Of a step; left out: 4 a parameter.")
   flags.DEFINE_integer("images_per_gpu", 32, "n, without --measured.")
-  # Nothing, as in this package, whose one all-reduce comes last, or the last worker's backprop.
+  # Nothing, as where XLA compiles the passes, or the last worker's backprop.
   flags.DEFINE_enum("overlap", "none", ["none", "backprop"], "What hides communication.")
   flags.DEFINE_float("bytes_per_pack", 0, "Gradients sent together, where hidden; 0: by layer.")
   flags.DEFINE_integer("gpus_per_server", 8, "GPUs that share a network card.")
