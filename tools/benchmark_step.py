@@ -8,7 +8,8 @@ turns, each in a process of its own that waits while another one works, on the s
 a turn is a step that is not timed and then those that are:
 
   ours            the compiled step of `step.make_train_step`, as the trainer calls it
-  loop            the trainer's own loop around it, with its metrics, input from memory
+  loop            the trainer's own loop around it, with its metrics, input from memory; compared
+                  with the same process' bare step, bare, loop, loop, bare in each turn
   keras           the same network of stock Keras layers, Keras' SGD, in a plain compiled step
   fit             the same by `Model.fit`
   torch           the same network in PyTorch, eager, channels_last (autocast for 16 bits)
@@ -157,12 +158,16 @@ def make_ours(contender: Contender, cluster) -> Callable[[int], float]:
     )
   else:
     batch = tuple(tf.constant(x) for x in batch)
+
+  def bare(steps: int) -> float:
+    return [float(train_step(batch)["loss"]) for _ in range(steps)][-1]
+
   if contender.kind == "loop":
-    return _make_loop(strategy, model, optimizer, recipe, train_step, batch)
-  return lambda steps: [float(train_step(batch)["loss"]) for _ in range(steps)][-1]
+    return _make_loop(model, optimizer, recipe, train_step, batch, bare)
+  return bare
 
 
-def _make_loop(strategy, model, optimizer, recipe, train_step, batch):
+def _make_loop(model, optimizer, recipe, train_step, batch, bare):
   import itertools
 
   from tf_largebatch import training
@@ -189,6 +194,7 @@ def _make_loop(strategy, model, optimizer, recipe, train_step, batch):
     training.train_to(run, run.done + count)
     return float(run.done)
 
+  steps.bare = bare
   return steps
 
 
@@ -414,12 +420,23 @@ def work():
       _say({"operations": _profile(take_steps) if _is_tensorflow(contender) else {}})
       continue
     take_steps(1)  # Not timed: what it needs was moved out of caches and memory by the others.
-    began, cpu = time.perf_counter(), time.process_time()
-    last = take_steps(int(line))
-    seconds = time.perf_counter() - began
-    report = {"seconds": seconds, "cpu_seconds": time.process_time() - cpu, "last": last}
+    steps, report = int(line), {}
+    if contender.kind == "loop":  # In an order that a machine growing slower or faster spares.
+      parts = [_timed(f, steps) for f in (take_steps.bare, take_steps, take_steps, take_steps.bare)]
+      report["bare_seconds"] = (parts[0]["seconds"] + parts[3]["seconds"]) / 2
+      parts = parts[1:3]
+    else:
+      parts = [_timed(take_steps, steps)]
+    report |= {name: statistics.mean(part[name] for part in parts) for name in parts[0]}
     _say(report | _memory(contender))
   os._exit(0)  # Without the destructors of the libraries' threads, some of which wait.
+
+
+def _timed(take_steps: Callable, steps: int) -> dict[str, float]:
+  began, cpu = time.perf_counter(), time.process_time()
+  last = take_steps(steps)
+  seconds = time.perf_counter() - began
+  return {"seconds": seconds, "cpu_seconds": time.process_time() - cpu, "last": last}
 
 
 def _is_tensorflow(contender: Contender) -> bool:
@@ -637,6 +654,10 @@ def summarize(contenders: list[Contender], results: dict, steps: int) -> dict:
       "gpu_peak_bytes": found["turns"][-1].get("gpu_peak_bytes"),
       "operations": found.get("operations", {}),
     }
+    if contender.kind == "loop":
+      shares = [turn["bare_seconds"] / turn["seconds"] for turn in found["turns"]]
+      rows[contender.name]["share_of_bare_step"] = statistics.median(shares)
+      rows[contender.name]["share_of_bare_step_each"] = shares
   base = next(iter(rows.values()))["images_per_second"]
   for row in rows.values():
     row["ratio"] = base / row["images_per_second"]
@@ -662,6 +683,10 @@ def to_table(summary: dict) -> list[str]:
     )
     lines.append(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
   for name, row in rows.items():
+    if "share_of_bare_step" in row:
+      shares = row["share_of_bare_step_each"]
+      share = f"{row['share_of_bare_step']:.1%} [{min(shares):.1%}–{max(shares):.1%}]"
+      lines.append(f"{name}: {share} of its own bare step's images/s")
     operations = list(row["operations"].items())[:_OPERATIONS]
     if operations:
       total = sum(row["operations"].values())
