@@ -488,7 +488,11 @@ DATA = {
   ),
   "a step of more than there is": (None, ["--workers=400"], "4000 images is more than the 20"),
   "two channels": (None, ["--channel_mean=1,2"], "channel_mean=1.0,2.0"),
-  "passes of half a worker": (None, ["--workers_per_pass=2"], "workers_per_pass=2 does not divide"),
+  "passes that do not divide": (
+    None,
+    ["--workers_per_pass=7"],
+    "workers_per_pass=7 does not divide",
+  ),
   "NCCL without a GPU": (None, ["--communication=nccl"], "'nccl'"),
 }
 
