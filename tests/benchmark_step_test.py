@@ -94,19 +94,19 @@ def test_a_real_run(tmp_path):
   process = run_module(
     "tools.benchmark_step",
     *("--network=resnet20", "--image_size=8", "--per_worker_batch_size=2", "--turns=2"),
-    *("--contenders=ours:workers=2:tasks=2,loop,fit", f"--json={path}", "--profile"),
+    *("--contenders=ours:workers=2:tasks=2,loop,keras", f"--json={path}", "--profile"),
     timeout=240,
   )
   assert process.returncode == 0, process.stderr
   found = json.loads(path.read_text())
   rows = found["contenders"]
-  assert list(rows) == ["ours:workers=2:tasks=2", "loop", "fit"]
+  assert list(rows) == ["ours:workers=2:tasks=2", "loop", "keras"]
   for row in rows.values():
     assert any("Conv2DBackpropFilter" in name for name in row["operations"])
     assert len(row["step_seconds_each"]) == 2
     assert row["images_per_second"] == 2 * row["workers"] / row["step_seconds"]
     assert 0 < row["share_of_ceiling"] < 1 and row["peak_bytes"] > 2**27
-  assert 0.2 < rows["loop"]["share_of_bare_step"] < 5 and "share_of_bare_step" not in rows["fit"]
+  assert 0.2 < rows["loop"]["share_of_bare_step"] < 5 and "share_of_bare_step" not in rows["keras"]
   assert found["versions"]["tensorflow"]
   assert process.stdout.splitlines()[-1].startswith("ceiling: ")
 
