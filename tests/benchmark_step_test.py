@@ -103,6 +103,7 @@ def test_a_real_run(tmp_path):
   assert list(rows) == ["ours:workers=2:tasks=2", "loop", "keras"]
   for row in rows.values():
     assert any("Conv2DBackpropFilter" in name for name in row["operations"])
+    assert "Process" not in row["operations"]  # It runs the operations, and is none.
     assert len(row["step_seconds_each"]) == 2
     assert row["images_per_second"] == 2 * row["workers"] / row["step_seconds"]
     assert 0 < row["share_of_ceiling"] < 1 and row["peak_bytes"] > 2**27

@@ -460,9 +460,9 @@ def _profile(take_steps: Callable) -> dict[str, float]:
     for line in plane.lines:
       for event in line.events:
         name = plane.event_metadata[event.metadata_id].name
-        # On the CPU an operation is "its name:its type"; what calls it is there, too.
-        _, colon, kind = name.rpartition(":")
-        if planes or (colon and kind.isidentifier()):
+        # On the CPU an operation is "its name:its type"; what calls it ("A::B") is there, too.
+        owner, colon, kind = name.rpartition(":")
+        if planes or (colon and kind.isidentifier() and not owner.endswith(":")):
           found[name if planes else kind] += event.duration_ps / 1e12
   return dict(found.most_common())
 
