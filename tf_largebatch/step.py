@@ -75,7 +75,7 @@ class StepOptions:
   @property
   def jit(self) -> bool:
     if self.jit_compile is None:
-      # On a CPU XLA's convolutions take twice the time of TensorFlow's (docs/speed.md).
+      # On a CPU XLA's convolutions are slower than oneDNN's.
       return bool(tf.config.get_visible_devices("GPU"))
     return self.jit_compile
 
@@ -231,7 +231,7 @@ def make_train_step(
   """
   replica_sums = make_replica_sums(model, recipe, options)
 
-  def update(strategy, gradients, statistics, finite):
+  def update(strategy, gradients, statistics, gradient_norm):
     """Runs once for all replicas, with sums that are equal on each."""
     for variable, statistic in zip(model.non_trainable_variables, statistics, strict=True):
       strategy.extended.update(variable.value, lambda v, new: v.assign(new), args=(statistic,))
@@ -246,7 +246,7 @@ def make_train_step(
     if loss_scale is None:
       apply()
       return
-    finite = strategy.experimental_local_results(finite)[0]
+    finite = tf.math.is_finite(strategy.experimental_local_results(gradient_norm)[0])
     tf.cond(finite, apply, skip)
     loss_scale.update(finite)
 
@@ -272,8 +272,7 @@ def make_train_step(
     if loss_scale is not None:
       scalars["loss_scale"] = scale
       scalars["skipped_steps"] = tf.convert_to_tensor(loss_scale.skipped_steps.value)
-    finite = tf.math.is_finite(gradient_norm)
-    replica.merge_call(update, args=(gradients, statistics, finite))
+    replica.merge_call(update, args=(gradients, statistics, gradient_norm))
     return scalars
 
   @tf.function

@@ -174,7 +174,7 @@ def step_options_from_flags(values: flags.FlagValues = flags.FLAGS) -> dict:
 
 def set_environment(recipe: Recipe):
   """Tells TensorFlow, before it is imported, what its CPU kernels do (docs/speed.md)."""
-  # TensorFlow's own choice on CPUs with AVX-512 alone, but twice as fast with AVX2, too.
+  # TensorFlow's own choice on CPUs with AVX-512 alone, but faster with AVX2, too.
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
   if (recipe.workers or 1) >= 2 and (os.cpu_count() or 1) <= 2:
     # Two workers' passes at once, a thread each, beat two threads for each op of one.

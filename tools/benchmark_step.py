@@ -30,7 +30,9 @@ same dtype, in the turns too. --profile tells the operations that most of each o
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -169,8 +171,6 @@ def make_ours(contender: Contender, cluster) -> Callable[[int], float]:
 
 
 def _make_loop(model, optimizer, recipe, train_step, batch, bare):
-  import itertools
-
   from tf_largebatch import training
   from tf_largebatch.metrics import MetricsWriter
   from tf_largebatch.preemption import StopRequest
@@ -200,8 +200,6 @@ def _make_loop(model, optimizer, recipe, train_step, batch, bare):
 
 
 def _make_keras(contender: Contender):
-  import functools
-
   import keras
 
   from tf_largebatch import resnet
@@ -212,12 +210,16 @@ def _make_keras(contender: Contender):
     recipe.network,
     input_shape=(recipe.image_size, recipe.image_size, len(recipe.channel_mean)),
     num_classes=_CLASSES,
-    normalization=functools.partial(keras.layers.BatchNormalization, momentum=0.9, epsilon=1e-5),
+    normalization=functools.partial(
+      keras.layers.BatchNormalization,
+      momentum=recipe.batch_norm_momentum,
+      epsilon=recipe.batch_norm_epsilon,
+    ),
     channel_mean=recipe.channel_mean,
     channel_std=recipe.channel_std,
     dtype=policy[recipe.dtype],
   )
-  optimizer = keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True)
+  optimizer = keras.optimizers.SGD(0.1, momentum=recipe.momentum, nesterov=recipe.nesterov)
   return recipe, model, optimizer
 
 
