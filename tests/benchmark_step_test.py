@@ -107,6 +107,7 @@ def test_a_real_run(tmp_path):
     assert len(row["step_seconds_each"]) == 2
     assert row["images_per_second"] == 2 * row["workers"] / row["step_seconds"]
     assert 0 < row["share_of_ceiling"] < 1 and row["peak_bytes"] > 2**27
+  assert 0.2 < rows["loop"]["share_within_steps"] < 1
   assert 0.2 < rows["loop"]["share_of_bare_step"] < 5 and "share_of_bare_step" not in rows["keras"]
   assert found["versions"]["tensorflow"]
   assert process.stdout.splitlines()[-1].startswith("ceiling: ")

@@ -9,7 +9,9 @@ a turn is a step that is not timed and then those that are:
 
   ours            the compiled step of `step.make_train_step`, as the trainer calls it
   loop            the trainer's own loop around it, with its metrics, input from memory; compared
-                  with the same process' bare step, bare, loop, loop, bare in each turn
+                  with the same process' bare step, bare, loop, loop, bare in each turn; and, on a
+                  CPU, where a step is done when it returns, the share of the loop's time that its
+                  steps take, which no change of the machine's speed can blur
   keras           the same network of stock Keras layers, Keras' SGD, in a plain compiled step
   fit             the same by `Model.fit`
   torch           the same network in PyTorch, eager, channels_last (autocast for 16 bits)
@@ -175,11 +177,17 @@ def _make_loop(model, optimizer, recipe, train_step, batch, bare):
   from tf_largebatch.metrics import MetricsWriter
   from tf_largebatch.preemption import StopRequest
 
+  def timed_step(*arguments):
+    began = time.perf_counter()
+    scalars = train_step(*arguments)
+    steps.within += time.perf_counter() - began
+    return scalars
+
   work_dir = tempfile.mkdtemp()  # The process' own, in a directory that its parent removes.
   run = training.Run(
     recipe=recipe,
     steps_per_epoch=1000,
-    train_step=train_step,
+    train_step=timed_step,
     batches=itertools.repeat(batch),
     stop=StopRequest(),
     alone=True,
@@ -192,6 +200,7 @@ def _make_loop(model, optimizer, recipe, train_step, batch, bare):
   )
 
   def steps(count: int) -> float:
+    steps.within = 0.0
     training.train_to(run, run.done + count)
     return float(run.done)
 
@@ -428,6 +437,8 @@ def work():
       parts = [_timed(f, steps) for f in (take_steps.bare, take_steps, take_steps, take_steps.bare)]
       report["bare_seconds"] = (parts[0]["seconds"] + parts[3]["seconds"]) / 2
       parts = parts[1:3]
+      # Of the second of the two alone: each begins anew.
+      report["share_within_steps"] = take_steps.within / parts[1]["seconds"]
     else:
       parts = [_timed(take_steps, steps)]
     report |= {name: statistics.mean(part[name] for part in parts) for name in parts[0]}
@@ -661,6 +672,9 @@ def summarize(contenders: list[Contender], results: dict, steps: int) -> dict:
       shares = [turn["bare_seconds"] / turn["seconds"] for turn in found["turns"]]
       rows[contender.name]["share_of_bare_step"] = statistics.median(shares)
       rows[contender.name]["share_of_bare_step_each"] = shares
+      shares = [turn["share_within_steps"] for turn in found["turns"]]
+      on_gpu = "gpu_peak_bytes" in found["turns"][-1]  # Its steps go on when they have returned.
+      rows[contender.name]["share_within_steps"] = None if on_gpu else statistics.median(shares)
   base = next(iter(rows.values()))["images_per_second"]
   for row in rows.values():
     row["ratio"] = base / row["images_per_second"]
@@ -690,6 +704,8 @@ def to_table(summary: dict) -> list[str]:
       shares = row["share_of_bare_step_each"]
       share = f"{row['share_of_bare_step']:.1%} [{min(shares):.1%}–{max(shares):.1%}]"
       lines.append(f"{name}: {share} of its own bare step's images/s")
+      if row["share_within_steps"]:
+        lines.append(f"{name}: {row['share_within_steps']:.2%} of the loop's time is its steps'")
     operations = list(row["operations"].items())[:_OPERATIONS]
     if operations:
       total = sum(row["operations"].values())
