@@ -17,8 +17,10 @@ from tf_largebatch.normalization import PerWorkerBatchNormalization
 STOCK = functools.partial(keras.layers.BatchNormalization, momentum=0.9, epsilon=1e-5)
 # By network: blocks of each stage, side of its output for images of 224 and 32 pixels, trainable
 # parameters. ResNet-20: stem 432 + 32, stages 14016 + 51072 + 203520, dense 650; each step of one
-# block a stage adds 4672 + 18560 + 73984. ResNet-50: 25 557 032 as published (torchvision too).
+# block a stage adds 4672 + 18560 + 73984. ResNet-8: stem 232, stages 1184 + 3520 + 13952, dense
+# 330. ResNet-50: 25 557 032 as published (torchvision too).
 NETWORKS = {
+  "resnet8": ((1, 1, 1), (32, 16, 8), 19_218),
   "resnet20": ((3, 3, 3), (32, 16, 8), 269_722),
   "resnet32": ((5, 5, 5), (32, 16, 8), 464_154),
   "resnet56": ((9, 9, 9), (32, 16, 8), 853_018),
@@ -26,7 +28,7 @@ NETWORKS = {
   "resnet101": ((3, 4, 23, 3), (56, 28, 14, 7), 44_549_160),
   "resnet152": ((3, 8, 36, 3), (56, 28, 14, 7), 60_192_808),
 }
-CIFAR = ("resnet20", "resnet32", "resnet56")
+CIFAR = ("resnet8", "resnet20", "resnet32", "resnet56")
 MEAN, STD = (120, 110, 100), (64, 32, 128)
 
 
@@ -78,7 +80,7 @@ def test_sizes(network):
   # The name counts the convolutions, less the shortcuts', and the dense layer.
   shortcuts = 0 if network in CIFAR else 4
   assert network == f"resnet{len(convolutions(model)) - shortcuts + 1}"
-  first = 16 if network in CIFAR else 256
+  first = {"resnet8": 8}.get(network, 16) if network in CIFAR else 256
   assert [tuple(layer.output.shape) for layer in layers_of(model, keras.layers.Add)] == [
     (None, side, side, first * 2**stage)
     for stage, side in enumerate(sides)

@@ -8,7 +8,10 @@ import typing
 
 from tf_largebatch.errors import UserError
 
-NETWORKS = ("resnet20", "resnet32", "resnet56", "resnet50", "resnet101", "resnet152")
+NETWORKS = (
+  *("resnet8", "resnet20", "resnet32", "resnet56"),
+  *("resnet50", "resnet101", "resnet152"),
+)
 SCALINGS = ("linear", "sqrt", "none")
 WARMUPS = ("gradual", "constant", "none")
 AUGMENTATIONS = ("area_crop", "pad_crop", "none")
@@ -80,7 +83,8 @@ class Recipe:
   )
   network: str = _field(
     "resnet50",
-    "Network: resnet50, resnet101 or resnet152 (ImageNet), resnet20, resnet32 or resnet56 (CIFAR).",
+    "Network: resnet50, resnet101 or resnet152 (ImageNet), resnet20, resnet32 or resnet56 (CIFAR), "
+    "resnet8 (half as wide as those, for scale models).",
     NETWORKS,
   )
   last_gamma: float = _field(

@@ -24,8 +24,14 @@ _IMAGENET_STAGES = {
   "resnet101": (3, 4, 23, 3),
   "resnet152": (3, 8, 36, 3),
 }
-# Basic blocks in each of the three stages: 6·blocks + 2 layers.
-_CIFAR_STAGES = {"resnet20": (3, 3, 3), "resnet32": (5, 5, 5), "resnet56": (9, 9, 9)}
+# Channels of the first stage, and basic blocks in each of the three: 6·blocks + 2 layers. ResNet-8,
+# ours, is of the same design with half the channels: a run of it takes minutes on a CPU's core.
+_CIFAR_STAGES = {
+  "resnet8": (8, (1, 1, 1)),
+  "resnet20": (16, (3, 3, 3)),
+  "resnet32": (16, (5, 5, 5)),
+  "resnet56": (16, (9, 9, 9)),
+}
 
 
 class _Layers:
@@ -101,10 +107,10 @@ def _bottleneck_network(layers: _Layers, x, stages: Sequence[int]):
   return x
 
 
-def _basic_network(layers: _Layers, x, stages: Sequence[int]):
-  x = layers.unit(x, 16, 3, 1, "stem")
+def _basic_network(layers: _Layers, x, width: int, stages: Sequence[int]):
+  x = layers.unit(x, width, 3, 1, "stem")
   for stage, blocks in enumerate(stages):
-    filters = 16 * 2**stage
+    filters = width * 2**stage
     for block in range(blocks):
       name = f"stage{stage + 1}_block{block + 1}"
       strides = 2 if stage > 0 and block == 0 else 1
@@ -171,7 +177,7 @@ def build(
     name="normalize_channels",
   )(inputs)
   if network in _CIFAR_STAGES:
-    x = _basic_network(layers, x, _CIFAR_STAGES[network])
+    x = _basic_network(layers, x, *_CIFAR_STAGES[network])
   else:
     x = _bottleneck_network(layers, x, _IMAGENET_STAGES[network])
   x = keras.layers.GlobalAveragePooling2D(dtype=variable_dtype, name="pool")(x)
