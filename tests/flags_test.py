@@ -13,11 +13,25 @@ from tf_largebatch.recipe import Recipe
 from tf_largebatch.train import recipe_from_flags
 
 _ROOT = pathlib.Path(__file__).parent.parent
-_TRAIN_EXAMPLES = {"imagenet2012": 1_281_167, "cifar10": 50_000}
+_TRAIN_EXAMPLES = {"imagenet2012": 1_281_167, "cifar10": 50_000, "fashion_mnist": 60_000}
 
 # By hand: kn, k, peak rate, steps an epoch, steps, warmup, last gamma, network.
 _DERIVED = """
 cifar10_resnet20                     256    8  0.5     195    1170 gradual  0 resnet20
+cifar10_resnet20_he                  128    2  0.1     390   63960 none     1 resnet20
+fashion_mnist_kn16                    16    1  0.05   3750   67500 gradual  0 resnet8
+fashion_mnist_kn32                    32    2  0.1    1875   33750 gradual  0 resnet8
+fashion_mnist_kn64                    64    4  0.2     937   16866 gradual  0 resnet8
+fashion_mnist_kn128                  128    8  0.4     468    8424 gradual  0 resnet8
+fashion_mnist_kn256                  256   16  0.8     234    4212 gradual  0 resnet8
+fashion_mnist_kn512                  512   32  1.6     117    2106 gradual  0 resnet8
+fashion_mnist_kn1024                1024   64  3.2      58    1044 gradual  0 resnet8
+fashion_mnist_kn2048                2048  128  6.4      29     522 gradual  0 resnet8
+fashion_mnist_kn4096                4096  256  12.8     14     252 gradual  0 resnet8
+fashion_mnist_kn512_none             512   32  1.6     117    2106 none     0 resnet8
+fashion_mnist_kn512_constant         512   32  1.6     117    2106 constant 0 resnet8
+fashion_mnist_kn512_uncorrected      512   32  1.6     117    2106 gradual  0 resnet8
+fashion_mnist_kn512_constant_uncorrected 512 32 1.6    117    2106 constant 0 resnet8
 imagenet_resnet50_table1_kn256_baseline 256 8  0.1    5004  450360 gradual  0 resnet50
 imagenet_resnet50_table1_kn8192_none    8192 256 3.2   156   14040 none     0 resnet50
 imagenet_resnet50_table1_kn8192_constant 8192 256 3.2  156   14040 constant 0 resnet50
@@ -94,7 +108,7 @@ _IMAGENET = {
   "channel_std": (58.395, 57.12, 57.375),
 }
 
-_COMPLETE = ["cifar10_resnet20", *_PAPER_ERRORS]
+_COMPLETE = list(_DERIVED)
 
 
 def parse(*arguments):
