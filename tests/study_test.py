@@ -120,8 +120,9 @@ def test_interrupted_twice_is_the_same(tmp_path):
 
 
 def test_a_run_that_diverges_is_a_result(tmp_path):
-  rates = ("--reference_learning_rate=1e30", "--reference_batch_size=7", "--warmup=none")
-  status, output = _finish(_start(_make_study(tmp_path, "seeds = 1", (*SMALL, *rates)), tmp_path))
+  own = ("--network=resnet8", "--reference_learning_rate=1e30", "--warmup=none")
+  path = _make_study(tmp_path, "seeds = 1", (*SMALL, "--reference_batch_size=7", *own))
+  status, output = _finish(_start(path, tmp_path))
   assert status == 0 and "Training diverged" in output, output
   (result,) = _results(tmp_path).values()
   assert (result["status"], result["val_error"]) == ("diverged", None)

@@ -484,7 +484,7 @@ def read_result(path: str) -> Result:
     "versions": ", ".join(
       f"{name} {field(f'versions.{name}', [str])}" for name in data["versions"]
     ),
-    "seconds": field("seconds", [int, float], 0, 1e12),
+    "seconds": field("seconds", [int, float], 0, 1e12) if complete else 0.0,
     "sha": field("weights_sha256", [str])[:12] if complete else "",
     "reason": "" if complete else field("reason", [str]),
   }
@@ -538,7 +538,7 @@ def to_markdown(groups: dict[str, Group], claims: list[Claim], pictures: dict[st
       f"{result.facts['study']}/{os.path.basename(result.run.work_dir)}",
       f"{_points(result.error)} %{' (diverged: ' * result.diverged}{result.facts['reason']}"
       + ")" * result.diverged,
-      f"{result.facts['seconds']:.0f}",
+      "" if result.diverged else f"{result.facts['seconds']:.0f}",
       f"`{result.facts['sha']}`" if result.facts["sha"] else "",
     )
     for result in results
@@ -546,8 +546,9 @@ def to_markdown(groups: dict[str, Group], claims: list[Claim], pictures: dict[st
   blocks = [
     "# What of the paper we reproduce, at a scale we can afford",
     _scale(groups),
-    "```\npython -m tools.study table1 figure1 correction  # Makes the runs.\n"
-    "python -m tools.replication                       # Makes this report of them.\n```",
+    "```\npython -m tools.study table1 figure1 correction  # Makes the runs;\n"
+    "python -m tools.study known_number               # that of (e);\n"
+    "python -m tools.replication                      # this report of them.\n```",
     f"{len(results)} runs took {seconds:.0f} s ({seconds / 3600:.1f} h) in all, each on "
     f"{facts['hardware']}; {facts['versions']}.",
     "## The claims",
@@ -684,9 +685,12 @@ def _draw_curves(groups, rows, needed) -> bytes | None:
     panel.set(title=title, xlabel="epoch", ylabel=f"{kind} error, %")
     if there:
       panel.legend(fontsize=8, frameon=False)
-  ticks = [part * 10**power for power in (-1, 0, 1) for part in (1, 1.5, 2, 3, 4, 5, 6, 8)]
   for panel in panels.flat:  # Only now, for panels that share an axis share its limits.
     low, high = panel.get_ylim()
+    low = max(low, 0.01)  # An error of 0 has no place on a logarithmic axis.
+    panel.set_ylim(low, high)
+    parts = (1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    ticks = (part * 10**power for power in (-2, -1, 0, 1) for part in parts)
     shown = [tick for tick in ticks if low <= tick <= high]
     panel.set_yticks(shown, [f"{tick:g}" for tick in shown])
     if share == "all":
