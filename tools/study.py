@@ -192,7 +192,10 @@ def _start(run: Planned, work_dir: pathlib.Path, handed_on: list[str], cores: li
 
 
 def _records(work_dir: pathlib.Path) -> list[dict]:
-  """The metrics as far as they go (`metrics.read_metrics`, without TensorFlow)."""
+  """The metrics as far as they go.
+
+  As `metrics.read_metrics`, but without TensorFlow: a process with its threads must not fork.
+  """
   records = []
   with contextlib.suppress(FileNotFoundError), open(work_dir / "metrics.jsonl") as lines:
     for line in lines:
@@ -271,6 +274,8 @@ class _Studies:
     self._working: list[Working] = []
     self._starts = dict.fromkeys(planned, 0)
     self._planned, self._ended = len(planned), len(planned) - len(self._waiting)
+    # Its thread would take a signal that this one blocks, and does not go together with preexec_fn.
+    tqdm.tqdm.monitor_interval = 0
     self._bar = tqdm.tqdm(
       total=sum(run.recipe.epochs for run in self._waiting),
       initial=sum(_epochs(self._runs_dir / run.name) for run in self._waiting),
@@ -288,6 +293,7 @@ class _Studies:
     if jobs > len(cores):
       raise UserError(f"--jobs={jobs} is more than the {len(cores)} cores here.")
     self._say(f"{self._ended} of {self._planned} runs are complete.")
+    # Fetched below, so that none breaks into `_end` or `_stop`.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
       while self._waiting or self._working:
