@@ -79,12 +79,17 @@ class Planned:
 
 @dataclasses.dataclass
 class Working:
-  """A run at work: its process, the share of the cores it has, and the epochs it has done."""
+  """A run at work: its process, the share of the cores it has, and how far it has come.
+
+  Attributes:
+    log_size: bytes of its log that are of earlier sittings.
+  """
 
   run: Planned
   process: subprocess.Popen
   share: int
-  epochs: float = 0.0
+  log_size: int
+  epochs: float
 
 
 def read_study(name: str) -> list[Planned]:
@@ -166,6 +171,10 @@ def find_result(run: Planned, results_dir: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
+def _log(work_dir: pathlib.Path) -> pathlib.Path:
+  return work_dir.with_name(f"{work_dir.name}.log")
+
+
 def _start(run: Planned, work_dir: pathlib.Path, handed_on: list[str], cores: list[int]):
   """Starts, or continues, the trainer on some cores; it is asked to stop when this program ends."""
   libc, parent = ctypes.CDLL(None), os.getpid()
@@ -177,7 +186,7 @@ def _start(run: Planned, work_dir: pathlib.Path, handed_on: list[str], cores: li
     if os.getppid() != parent:
       os._exit(1)
 
-  with open(f"{work_dir}.log", "ab") as log:
+  with open(_log(work_dir), "ab") as log:
     return subprocess.Popen(
       [
         *(sys.executable, "-m", train.__name__, f"--flagfile={run.flagfile}"),
@@ -215,8 +224,9 @@ def _epochs(work_dir: pathlib.Path) -> float:
   return 0.0
 
 
-def _last_line(work_dir: pathlib.Path) -> str:
-  lines = pathlib.Path(f"{work_dir}.log").read_text(errors="replace").splitlines()
+def _last_line(log: pathlib.Path, log_size: int) -> str:
+  """The trainer's last error, or, where it told none, its last line."""
+  lines = log.read_bytes()[log_size:].decode(errors="replace").splitlines()
   errors = [line for line in lines if line.startswith("error: ")]
   return (errors or lines or [""])[-1]
 
@@ -316,18 +326,20 @@ class _Studies:
   def _begin(self, run: Planned, share: int, cores: list[int]):
     self._runs_dir.mkdir(parents=True, exist_ok=True)
     self._starts[run.name] = self._starts.get(run.name, 0) + 1
-    process = _start(run, self._runs_dir / run.name, self._handed_on, cores)
-    self._working.append(Working(run, process, share, _epochs(self._runs_dir / run.name)))
+    work_dir = self._runs_dir / run.name
+    log_size = _log(work_dir).stat().st_size if _log(work_dir).exists() else 0
+    process = _start(run, work_dir, self._handed_on, cores)
+    self._working.append(Working(run, process, share, log_size, _epochs(work_dir)))
 
   def _end(self, ended: Working, cores: int):
     """Keeps a run's result, or has it go on, or raises UserError where that would not help."""
     run, status = ended.run, ended.process.returncode
     work_dir = self._runs_dir / run.name
-    line = "" if status == 0 else _last_line(work_dir)
+    line = "" if status == 0 else _last_line(_log(work_dir), ended.log_size)
     diverged = line if status == 1 and line.startswith(_DIVERGED) else None
     if status and not diverged:
       if status in (1, 2) or self._starts[run.name] == _STARTS:
-        raise UserError(f"{run.name} ended with status {status}: {line} (see {work_dir}.log)")
+        raise UserError(f"{run.name} ended with status {status}: {line} (see {_log(work_dir)})")
       self._say(f"{run.name} ended with status {status} ({line}); it is begun again.")
       self._waiting.insert(0, run)
       return
