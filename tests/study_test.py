@@ -156,6 +156,22 @@ def test_order_and_shares(tmp_path):
   assert owners["fashion_mnist_kn32_seed2"] == "figure1"
 
 
+def test_what_is_left(tmp_path):
+  """18 epochs a run: kn16 takes 36 s, another 18 s; one of unknown length counts as their mean."""
+  runs = study.read_study("table1")
+  for run, seconds in ((runs[0], 36.0), (runs[5], 18.0)):
+    path = tmp_path / "table1" / f"{run.name}.json"
+    path.parent.mkdir(exist_ok=True)
+    result = {"recipe": run.recipe.to_dict(), "flagfile": run.flagfile, "seconds": seconds}
+    path.write_text(json.dumps(result))
+  studies = study._Studies(runs, str(tmp_path / "runs"), str(tmp_path), [])
+  # Four more of each of the two and ten of others: 4 * 36 + 4 * 18 + 10 * 27 s, by two at once.
+  assert studies._estimate(jobs=2) == "about 04:03 left"
+  assert (
+    study._Studies(runs, str(tmp_path), str(tmp_path / "no"), [])._estimate(1).startswith("what")
+  )
+
+
 @pytest.mark.parametrize("field, value", [("workers", 7), ("epochs", 1)])
 def test_a_result_of_another_recipe_is_told(tmp_path, field, value):
   (run,) = study.read_study(_make_study(tmp_path, "seeds = 1"))
@@ -166,7 +182,7 @@ def test_a_result_of_another_recipe_is_told(tmp_path, field, value):
   # k that the flagfile leaves to the cluster may be any; what it does say may not differ.
   path.write_text(json.dumps({"recipe": there | {field: value}}))
   if field == "workers":
-    assert study.find_result(run, tmp_path / "results") == path
+    assert study.find_result(run, tmp_path / "results")["recipe"]["workers"] == value
     return
   with pytest.raises(UserError, match=r"small_seed0.json is of another recipe than .*small.flags"):
     study.find_result(run, tmp_path / "results")

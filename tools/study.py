@@ -23,6 +23,7 @@ that are small keep a CPU busier than one does. The trainer's flags that are not
 as --data_dir, are handed on to the runs.
 """
 
+import collections
 import contextlib
 import copy
 import ctypes
@@ -32,6 +33,7 @@ import os
 import pathlib
 import platform
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -151,15 +153,16 @@ def _recipe(path: pathlib.Path, flagfile: str, extra: tuple[str, ...], seed: int
   return train.recipe_from_flags(values)
 
 
-def find_result(run: Planned, results_dir: pathlib.Path) -> pathlib.Path | None:
-  """The JSON of a run, in whatever study's folder.
+def find_result(run: Planned, results_dir: pathlib.Path) -> dict | None:
+  """What was kept of a run (see `make_result`), in whatever study's folder.
 
   Raises:
     UserError: it cannot be read, or is of another recipe than the flagfile has now.
   """
   for path in sorted(results_dir.glob(f"*/{run.name}.json")):
     try:
-      recipe = Recipe(**json.loads(path.read_text())["recipe"])
+      result = json.loads(path.read_text())
+      recipe = Recipe(**result["recipe"])
     except (OSError, ValueError, TypeError, KeyError) as error:
       raise UserError(f"{path} is no result of a run ({first_line(error)}); remove it.") from error
     if any(
@@ -167,7 +170,7 @@ def find_result(run: Planned, results_dir: pathlib.Path) -> pathlib.Path | None:
       for name, value in vars(run.recipe).items()
     ):
       raise UserError(f"{path} is of another recipe than {run.flagfile}; remove it, or rename one.")
-    return path
+    return result
   return None
 
 
@@ -280,10 +283,14 @@ class _Studies:
     # studies plan is the first one's.
     for run in sorted(runs, key=lambda run: run.recipe.seed):
       planned.setdefault(run.name, run)
-    self._waiting = [run for run in planned.values() if not find_result(run, self._results_dir)]
+    results = {name: find_result(run, self._results_dir) for name, run in planned.items()}
+    self._waiting = [run for name, run in planned.items() if results[name] is None]
     self._working: list[Working] = []
     self._starts = dict.fromkeys(planned, 0)
     self._planned, self._ended = len(planned), len(planned) - len(self._waiting)
+    self._seconds = collections.defaultdict(list)  # Of an epoch, by flagfile.
+    for result in filter(None, results.values()):
+      self._learn(result)
     # Its thread would take a signal that this one blocks, and does not go together with preexec_fn.
     tqdm.tqdm.monitor_interval = 0
     self._bar = tqdm.tqdm(
@@ -295,7 +302,6 @@ class _Studies:
       dynamic_ncols=True,
       disable=None,  # Where nobody watches a terminal.
     )
-    self._left, self._since, self._done = self._bar.total - self._bar.n, time.monotonic(), 0.0
 
   def work(self, jobs: int) -> int | None:
     """Works until all runs have ended, or until a signal, which it returns."""
@@ -317,7 +323,7 @@ class _Studies:
         for each in list(self._working):
           if each.process.poll() is not None:
             self._working.remove(each)
-            self._end(each, len(cores[each.share :: jobs]))
+            self._end(each, len(cores[each.share :: jobs]), jobs)
       return None
     finally:
       self._stop()
@@ -331,7 +337,7 @@ class _Studies:
     process = _start(run, work_dir, self._handed_on, cores)
     self._working.append(Working(run, process, share, log_size, _epochs(work_dir)))
 
-  def _end(self, ended: Working, cores: int):
+  def _end(self, ended: Working, cores: int, jobs: int):
     """Keeps a run's result, or has it go on, or raises UserError where that would not help."""
     run, status = ended.run, ended.process.returncode
     work_dir = self._runs_dir / run.name
@@ -350,20 +356,29 @@ class _Studies:
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.rename(path)
     self._ended += 1
+    self._learn(result)
     told = diverged or f"error {result['val_error_median_last_5']:.2%}, {result['seconds']:.0f} s"
-    self._say(f"{self._ended} of {self._planned}: {run.name}: {told}; {self._estimate()}")
+    self._say(f"{self._ended} of {self._planned}: {run.name}: {told}; {self._estimate(jobs)}")
 
   def _show(self):
     for each in self._working:
       epochs = _epochs(self._runs_dir / each.run.name)
       self._bar.update(epochs - each.epochs)
-      self._done += epochs - each.epochs
       each.epochs = epochs
 
-  def _estimate(self) -> str:
-    if self._done <= 0:
+  def _learn(self, result: dict):
+    if result.get("seconds"):
+      self._seconds[result["flagfile"]].append(result["seconds"] / result["recipe"]["epochs"])
+
+  def _estimate(self, jobs: int) -> str:
+    """What is left, by the runs so far: of the same flagfile, or else of all."""
+    means = {flagfile: statistics.fmean(each) for flagfile, each in self._seconds.items()}
+    if not means:
       return "what is left cannot be told yet"
-    seconds = (self._left / self._done - 1) * (time.monotonic() - self._since)
+    left = [(run, run.recipe.epochs) for run in self._waiting]
+    left += [(each.run, each.run.recipe.epochs - each.epochs) for each in self._working]
+    mean = statistics.fmean(means.values())
+    seconds = sum(epochs * means.get(run.flagfile, mean) for run, epochs in left) / jobs
     return f"about {tqdm.tqdm.format_interval(seconds)} left"
 
   def _say(self, line: str):
