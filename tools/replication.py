@@ -740,23 +740,27 @@ def _draw_figure_1(groups) -> bytes:
 def _draw_minibatches(panel, points, baseline: float, baseline_kn: int):
   """Error by minibatch; points are (kn, ratio, mean, standard deviation, colour)."""
   # An error far off, such as chance, would flatten all others: it is told at the upper edge.
-  top = 2 * baseline
-  shown = [point for point in points if point[2] <= top]
+  shown = [point for point in points if point[2] <= 2 * baseline]
+  top = 1.1 * max([baseline, *(mean + scatter for *_, mean, scatter, _ in shown)])
   panel.axhline(baseline, color="0.4", linestyle="--", linewidth=1, zorder=1)
   x = [math.log2(ratio) for _, ratio, *_ in shown]
   panel.plot(x, [point[2] for point in shown], color="0.6", linewidth=1, zorder=1)
-  for _, ratio, mean, scatter, colour in points:
-    place, height = math.log2(ratio), min(mean, top)
-    if mean <= top:
+  for point in points:
+    _, ratio, mean, scatter, colour = point
+    place = math.log2(ratio)
+    if point in shown:
       panel.errorbar(place, mean, scatter, fmt="o", color=colour, capsize=3, markersize=6)
+      # Where the curve rises it comes from the left and below: the place left of the point is free.
+      rises = mean > 1.04 * baseline
+      where = (place, mean if rises else mean + scatter)
+      offset, side = ((-8, -1), "right") if rises else ((0, 5), "center")
     else:
       panel.plot(place, top, "^", color=colour, markersize=8)
-    # Where the curve rises it comes from the left and below: the place left of the point is free.
-    rises = mean > 1.04 * baseline
-    where = (place, height if rises else height + scatter)
-    offset, side = ((-8, -1), "right") if rises else ((0, 5), "center")
-    text = f"{mean:.1f}" + " (off the scale)" * (mean > top)
+      where, offset, side = (place, top), (0, -16), "center"
+    text = f"{mean:.1f}"
     panel.annotate(text, where, offset, textcoords="offset points", ha=side, fontsize=9)
+  if len(shown) < len(points):
+    panel.plot([], [], "^", color="0.4", label="off the scale")
   ticks = range(-1, 9)
   sizes = [round(baseline_kn * 2**tick) for tick in ticks]
   names = [f"{size // 1024}k" if size >= 1024 else str(size) for size in sizes]
