@@ -704,7 +704,7 @@ def _draw_figure_1(groups) -> bytes:
 
   figure = Figure(figsize=(12, 4.8), dpi=150, layout="constrained")
   paper, ours = figure.subplots(1, 2)
-  points = [(kn, kn // 256 or 0.5, *point, _BLACK) for kn, point in _PAPER.items()]
+  points = [(kn / _PAPER_BASELINE, *point, _BLACK, []) for kn, point in _PAPER.items()]
   _draw_minibatches(paper, points, _PAPER[_PAPER_BASELINE][0], 256)
   paper.set_title("The paper's (ImageNet, ResNet-50; its figures)")
   paper.set_ylabel("validation error, %")
@@ -722,7 +722,8 @@ def _draw_figure_1(groups) -> bytes:
       several = min(len(group.errors), len(errors)) > 1
       test = welch(group.errors, errors) if several else None
       colour = _VERDICT_COLOURS[equal(test)]
-    points.append((group.kn, _ratio(group, groups), mean, scatter, colour))
+    each = [100 * error for error in group.errors]
+    points.append((_ratio(group, groups), mean, scatter, colour, each))
   mean = 100 * statistics.fmean(errors)
   delta = 100 * _DELTA
   ours.axhspan(
@@ -730,37 +731,40 @@ def _draw_figure_1(groups) -> bytes:
   )
   _draw_minibatches(ours, points, mean, baseline.kn)
   for verdict, colour in _VERDICT_COLOURS.items():
-    if colour in [point[-1] for point in points]:
+    if colour in [point[3] for point in points]:
       ours.plot([], [], "o", color=colour, label=_AGAINST_BASELINE[verdict])
+  ours.plot([], [], ".", color="0.5", label="a seed")
+  ours.plot([], [], "^", color="0.5", label="mean off the scale")
   ours.legend(fontsize=9, frameon=False, loc="upper left")
   ours.set_title(f"Ours ({recipe.dataset}, {recipe.network}: scale model)")
   return _to_png(figure)
 
 
 def _draw_minibatches(panel, points, baseline: float, baseline_kn: int):
-  """Error by minibatch; points are (kn, ratio, mean, standard deviation, colour)."""
-  # An error far off, such as chance, would flatten all others: it is told at the upper edge.
-  shown = [point for point in points if point[2] <= 2 * baseline]
-  top = 1.1 * max([baseline, *(mean + scatter for *_, mean, scatter, _ in shown)])
+  """Error by minibatch; points are (ratio, mean, standard deviation, colour, each seed's error)."""
+  # The same share of the baseline in both panels. An error beyond, such as chance, would flatten
+  # all others: it is told at the upper edge.
+  top = 1.5 * baseline
+  panel.set_ylim(0.92 * baseline, top)
   panel.axhline(baseline, color="0.4", linestyle="--", linewidth=1, zorder=1)
-  x = [math.log2(ratio) for _, ratio, *_ in shown]
-  panel.plot(x, [point[2] for point in shown], color="0.6", linewidth=1, zorder=1)
-  for point in points:
-    _, ratio, mean, scatter, colour = point
+  shown = [(math.log2(ratio), mean) for ratio, mean, *_ in points if mean < top]
+  panel.plot(*zip(*shown, strict=True), color="0.6", linewidth=1, zorder=1)
+  for ratio, mean, scatter, colour, each in points:
     place = math.log2(ratio)
-    if point in shown:
+    dots = [error for error in each if error < top]
+    panel.plot([place + 0.15] * len(dots), dots, ".", color=colour, alpha=0.5, markersize=5)
+    if mean < top:
       panel.errorbar(place, mean, scatter, fmt="o", color=colour, capsize=3, markersize=6)
       # Where the curve rises it comes from the left and below: the place left of the point is free.
       rises = mean > 1.04 * baseline
       where = (place, mean if rises else mean + scatter)
-      offset, side = ((-8, -1), "right") if rises else ((0, 5), "center")
+      offset, side, text = (-8, -1) if rises else (0, 5), "right" if rises else "center", ""
     else:
-      panel.plot(place, top, "^", color=colour, markersize=8)
-      where, offset, side = (place, top), (0, -16), "center"
-    text = f"{mean:.1f}"
-    panel.annotate(text, where, offset, textcoords="offset points", ha=side, fontsize=9)
-  if len(shown) < len(points):
-    panel.plot([], [], "^", color="0.4", label="off the scale")
+      panel.plot(place, 0.985 * top, "^", color=colour, markersize=8)
+      where, offset, side, text = (place, 0.985 * top), (0, -30), "center", f"\n±{scatter:.1f}"
+    panel.annotate(
+      f"{mean:.1f}{text}", where, offset, textcoords="offset points", ha=side, fontsize=9
+    )
   ticks = range(-1, 9)
   sizes = [round(baseline_kn * 2**tick) for tick in ticks]
   names = [f"{size // 1024}k" if size >= 1024 else str(size) for size in sizes]
