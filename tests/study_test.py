@@ -131,11 +131,11 @@ def test_a_run_that_diverges_is_a_result(tmp_path):
 
 
 def test_a_mistake_ends_the_study(tmp_path):
-  path = _make_study(tmp_path, "seeds = 1", [*SMALL, "--train_split=nothing"])
+  path = _make_study(tmp_path, 'seeds = 1\nflags = ["--workers_per_pass=0"]')
   status, output = _finish(_start(path, tmp_path))
   assert status == 1 and not _results(tmp_path)
   assert output.splitlines()[-1].startswith("error: small_seed0 ended with status 1: error: ")
-  assert "nothing" in output
+  assert "--workers_per_pass=0 is refused" in output
 
 
 def test_order_and_shares(tmp_path):
