@@ -331,7 +331,7 @@ class _Studies:
 
   def _begin(self, run: Planned, share: int, cores: list[int]):
     self._runs_dir.mkdir(parents=True, exist_ok=True)
-    self._starts[run.name] = self._starts.get(run.name, 0) + 1
+    self._starts[run.name] += 1
     work_dir = self._runs_dir / run.name
     log_size = _log(work_dir).stat().st_size if _log(work_dir).exists() else 0
     process = _start(run, work_dir, self._handed_on, cores)
