@@ -6,7 +6,7 @@ from tests.launching import run_module
 
 
 def test_figures():
-  small = ("--network=resnet20", "--image_size=8", "--per_worker_batch_size=4", "--turns=2")
+  small = ("--network=resnet8", "--image_size=8", "--per_worker_batch_size=4", "--turns=2")
   finished = run_module("tools.benchmark_checkpoint", *small)
   assert finished.returncode == 0, finished.stderr
   found = json.loads(finished.stdout)

@@ -93,7 +93,7 @@ def test_a_real_run(tmp_path):
   path = tmp_path / "step.json"
   process = run_module(
     "tools.benchmark_step",
-    *("--network=resnet20", "--image_size=8", "--per_worker_batch_size=2", "--turns=2"),
+    *("--network=resnet8", "--image_size=8", "--per_worker_batch_size=2", "--turns=2"),
     *("--contenders=ours:workers=2:tasks=2,loop,keras", f"--json={path}", "--profile"),
     timeout=240,
   )

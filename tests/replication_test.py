@@ -313,7 +313,7 @@ def test_report_and_pictures(tmp_path, monkeypatch):
   assert "resnet20 on fashion_mnist (60000 training images of 28×28), n = 16" in report
   assert "kn = 512, the peak rate is 3.2 (" in report
   assert "| table1/fashion_mnist_kn64_seed1.json | 10.10 % | 100 | `0123456789ab` |" in report
-  pictures = ("correction", "figure1", "figure3", "table1")
+  pictures = ("correction", "figure1", "figure3", "known_number", "table1")
   names = sorted(["report.md", *(f"report/{name}.png" for name in pictures)])
   for folder in (tmp_path / "one", tmp_path / "two"):
     files = (path for path in folder.rglob("*") if path.is_file())

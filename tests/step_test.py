@@ -25,7 +25,7 @@ _CLASSES, _SIDE = 3, 6
 
 def _recipe(workers=4, n=5, dtype="float32"):
   return Recipe(
-    dataset="synthetic", network="resnet20", workers=workers, per_worker_batch_size=n, dtype=dtype
+    dataset="synthetic", network="resnet8", workers=workers, per_worker_batch_size=n, dtype=dtype
   )
 
 

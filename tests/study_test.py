@@ -73,7 +73,7 @@ def test_interrupted_twice_is_the_same(tmp_path):
   epochs = 24
   for root in (whole, cut):
     root.mkdir()
-    longer = (*SMALL, "--network=resnet8", "--train_split=train[:700]", f"--epochs={epochs}")
+    longer = (*SMALL, "--train_split=train[:700]", f"--epochs={epochs}")
     path = _make_study(root, "seeds = 1", longer)
   work_dir, seen, started = cut / "runs" / "small_seed0", [], []
   log = pathlib.Path(f"{work_dir}.log")
@@ -120,7 +120,7 @@ def test_interrupted_twice_is_the_same(tmp_path):
 
 
 def test_a_run_that_diverges_is_a_result(tmp_path):
-  own = ("--network=resnet8", "--reference_learning_rate=1e30", "--warmup=none")
+  own = ("--reference_learning_rate=1e30", "--warmup=none")
   path = _make_study(tmp_path, "seeds = 1", (*SMALL, "--reference_batch_size=7", *own))
   status, output = _finish(_start(path, tmp_path))
   assert status == 0 and "Training diverged" in output, output

@@ -27,7 +27,7 @@ RECIPE = Recipe(
   validation_split="validation[:50]",
   image_size=8,
   augmentation="pad_crop",
-  network="resnet20",
+  network="resnet8",
   dtype="bfloat16",
   workers=2,
   per_worker_batch_size=10,
@@ -271,7 +271,7 @@ def test_weights_sha256_is_of_all_weights_in_order(run):
   directory, result = run
   arrays = np.load(directory / "checkpoints" / f"step-{STEPS:010d}.npz")
   named = sorted(name for name in arrays.files if name.startswith("model/"))
-  assert len(named) == 19 * (1 + 4) + 2  # Convolutions, each with a BN of four; kernel and bias.
+  assert len(named) == 7 * (1 + 4) + 2  # Convolutions, each with a BN of four; kernel and bias.
   digest = hashlib.sha256(b"".join(arrays[name].astype("<f4").tobytes() for name in named))
   assert digest.hexdigest() == result["weights_sha256"]
 
@@ -307,6 +307,45 @@ def test_an_evaluation_that_is_not_finite_leaves_no_checkpoint(tmp_path):
   with pytest.raises(UserError, match=r"validation loss is .* last good checkpoint is none"):
     train(tmp_path, wild)
   assert os.listdir(tmp_path / "checkpoints") == [] and not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+  "error, classes, examples, warned",
+  [
+    # σ = √(0.9 · 0.1 / 10 000) = 0.003, so 89.1 % is the edge.
+    (0.9, 10, 10_000, True),
+    (0.8911, 10, 10_000, True),
+    (0.8909, 10, 10_000, False),
+    (0.94, 10, 10_000, True),
+    (0.1, 10, 10_000, False),
+    # σ = √(0.5 · 0.5 / 100) = 0.05, so 35 % is.
+    (0.351, 2, 100, True),
+    (0.349, 2, 100, False),
+  ],
+)
+def test_an_evaluation_no_better_than_guessing_is_told(caplog, error, classes, examples, warned):
+  with caplog.at_level("WARNING", logger="absl"):
+    training._warn_of_guessing(error, classes, examples, epoch=7)
+  assert len(caplog.records) == warned
+  if warned:
+    message = caplog.records[0].getMessage()
+    assert message.startswith(f"Epoch 7 ends with a validation error of {100 * error:.2f}%, ")
+    assert f"guessing one of {classes} classes ({100 - 100 / classes:.2f}%)" in message
+    assert "--warmup_epochs" in message
+
+
+def test_a_run_that_learns_nothing_says_so(tmp_path, caplog, monkeypatch):
+  evaluations = iter((0.999, 0.5, 1.0))
+  evaluate = lambda: {"loss": 6.9, "error": next(evaluations)}  # noqa: E731
+  monkeypatch.setattr(training, "make_evaluation", lambda *_: evaluate)
+  with caplog.at_level("WARNING", logger="absl"):
+    train(tmp_path)
+  messages = [record.getMessage() for record in caplog.records]
+  told = [text.split(",")[0] for text in messages if "better than guessing" in text]
+  assert told == [
+    "Epoch 1 ends with a validation error of 99.90%",
+    "Epoch 3 ends with a validation error of 100.00%",
+  ]
 
 
 def test_cut_off_before_the_result_was_written(run, tmp_path):
@@ -407,7 +446,7 @@ def train_on_photographs(data_dir, work_dir, **arguments):
     dataset="few_photographs",
     image_size=8,
     augmentation="area_crop",
-    network="resnet20",
+    network="resnet8",
     workers=2,
     per_worker_batch_size=5,
     epochs=2,

@@ -38,6 +38,10 @@ from tf_largebatch.schedule import LinearScalingSchedule
 
 # What a run writes over in its work directory.
 _WRITTEN = ("flags.txt", "metrics.jsonl", "model.keras", "result.json", "checkpoints")
+_REMEDIES = (
+  "A gradual warmup (--warmup), a longer one (--warmup_epochs), a lower "
+  "--reference_learning_rate or a smaller minibatch would do, in another work_dir."
+)
 # What Linux calls the instructions for them, on x86 and ARM.
 _CPU_FEATURES = {
   "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},
@@ -220,7 +224,10 @@ def train_and_evaluate(
         raise _divergence(f"validation loss is {scalars['loss']}", run.done, run, run.done)
       if bad is not None:
         scalars["bad_examples"] = bad.write()
-      run.metrics.evaluation(run.done, run.done // run.steps_per_epoch, scalars)
+      epoch = run.done // run.steps_per_epoch
+      run.metrics.evaluation(run.done, epoch, scalars)
+      if cluster.is_chief:
+        _warn_of_guessing(scalars["error"], source.num_classes, validation.num_examples, epoch)
       checkpoints.evaluated(run.done, scalars["error"])
       return True
 
@@ -530,10 +537,27 @@ def _divergence(what: str, number: int, run: Run, bad_from: int) -> UserError:
     f"Training diverged: the {what} at step {number}, epoch {number / run.steps_per_epoch:.2f}, "
     f"with kn = {recipe.workers} x {recipe.per_worker_batch_size} = {recipe.global_batch_size} and "
     f"a peak rate of {recipe.peak_learning_rate:g}; the last good checkpoint is "
-    f"{'none' if newest is None else f'that of step {newest}'}. A gradual warmup (--warmup), a "
-    "longer one (--warmup_epochs), a lower --reference_learning_rate or a smaller minibatch would "
-    "do, in another work_dir."
+    f"{'none' if newest is None else f'that of step {newest}'}. {_REMEDIES}"
   )
+
+
+def _warn_of_guessing(error: float, num_classes: int, num_examples: int, epoch: int):
+  """Says so where an evaluation's error is no better than guessing, within its noise.
+
+  Guessing errs on p = 1 - 1/C of the examples, give or take σ = √(p (1 - p) / N). A rate that is
+  too high for the network can leave it there for good, with losses that stay finite.
+  """
+  guessing = 1 - 1 / num_classes
+  if error >= guessing - 3 * math.sqrt(guessing * (1 - guessing) / num_examples):
+    logging.warning(
+      "Epoch %d ends with a validation error of %.2f%%, no better than guessing one of %d classes "
+      "(%.2f%%). If later epochs do, too, the run learns nothing. %s",
+      epoch,
+      100 * error,
+      num_classes,
+      100 * guessing,
+      _REMEDIES,
+    )
 
 
 def _interruption(run: Run, total_steps: int) -> InterruptedRunError:

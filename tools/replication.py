@@ -502,6 +502,9 @@ def to_markdown(groups: dict[str, Group], claims: list[Claim], pictures: dict[st
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join([lines[0], f"|{' --- |' * len(head)}", *lines[1:]])
 
+  def shown(title, *names):
+    return [f"![{title}]({pictures[name]})" for name in names if name in pictures]
+
   def section(title, stems, *names):
     head = ["runs", "kn", "times the baseline's", "peak rate", "warmup", "momentum correction"]
     head += ["seeds", "error of each, %", "mean ± std", "last training error"]
@@ -519,8 +522,7 @@ def to_markdown(groups: dict[str, Group], claims: list[Claim], pictures: dict[st
       row = [f"`{group.stem}`", group.kn, ratio, f"{recipe.peak_learning_rate:g}", warmup]
       row += [corrected, len(group.results), each, _mean(group.errors), _mean(last) if last else ""]
       rows.append(row)
-    shown = [f"![{title}]({pictures[name]})" for name in names if name in pictures]
-    return [f"## {title}", table(head, rows) if rows else "No run yet.", *shown]
+    return [f"## {title}", table(head, rows) if rows else "No run yet.", *shown(title, *names)]
 
   results = [result for group in groups.values() for result in group.results]
   facts = {
@@ -566,6 +568,7 @@ def to_markdown(groups: dict[str, Group], claims: list[Claim], pictures: dict[st
     "## (e) A known number",
     f"{known.claim}: theirs {_points(_KNOWN_ERROR)} % (Table 6, arXiv 1512.03385), ours "
     f"{known.ours or 'not there yet'}: {_bold(known.verdict)}.",
+    *shown("(e) A known number", "known_number"),
     "## The tests, fixed before the runs",
     f"```text\n{__doc__[__doc__.index('An error of a run') :].strip()}\n```",
     "## Runs",
@@ -639,11 +642,13 @@ def draw(groups: dict[str, Group]) -> dict[str, bytes]:
     [(kind, name, [(stem, "corrected", colour), (other, "uncorrected", _PINK)]) for kind in kinds]
     for (stem, name, colour), other in zip(warmups, _UNCORRECTED, strict=True)
   ]
+  known = [[(kind, "", [(_KNOWN, "ResNet-20", _BLUE)]) for kind in kinds]]
   pictures = {
     "figure1": _draw_figure_1(groups),
     "table1": _draw_curves(groups, table_1, _TABLE_1),
     "figure3": _draw_curves(groups, [panels[:4], panels[4:]], _OTHERS),
     "correction": _draw_curves(groups, correction, _UNCORRECTED),
+    "known_number": _draw_curves(groups, known, (_KNOWN,)),
   }
   return {name: image for name, image in pictures.items() if image}
 
