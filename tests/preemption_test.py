@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -88,6 +89,27 @@ def test_asked_once_the_program_hears_of_it():
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "saved after 15\n"
     assert process.stdout.readline() == "in\n" and process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 143
+
+
+def suspend(process):
+  """As Slurm's suspend and a debugger do; for longer than one wait for a signal may last."""
+  for _ in range(2):
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.1)
+
+
+def test_suspended_and_resumed_it_still_hears_and_hears_nothing_twice():
+  with program("honoured") as process:
+    suspend(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline().startswith("SIGTERM: saving at the end of this step")
+    time.sleep(2.1)  # A second SIGTERM would end it now.
+    suspend(process)
+    assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == 143
 

@@ -9,6 +9,7 @@ import threading
 import time
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SI_TKILL = -6  # Linux' code of a signal to one thread.
 # Slurm tells of one preemption by two SIGTERMs, a tenth of a second apart.
 _SAME_REQUEST_SECONDS = 2.0
 
@@ -35,14 +36,13 @@ class StopRequest:
     Enter it before TensorFlow is imported: threads that exist already would get the signals first.
     Until `honoured` is entered, and again after it, nothing is lost by ending at once.
     """
-    ended = threading.Event()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    thread = threading.Thread(target=self._take_signals, args=(ended,), daemon=True)
+    thread = threading.Thread(target=self._take_signals, daemon=True)
     thread.start()
     try:
       yield self
     finally:
-      ended.set()
+      signal.pthread_kill(thread.ident, signal.SIGTERM)
       thread.join()
       signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -57,12 +57,13 @@ class StopRequest:
       with self._lock:
         self._saving_helps = False
 
-  def _take_signals(self, ended: threading.Event):
+  def _take_signals(self):
     asked = -math.inf
-    while not ended.is_set():
-      found = signal.sigtimedwait(_SIGNALS, 0.2)
-      if found is None:
-        continue
+    while True:
+      # Not sigtimedwait: a SIGSTOP that outlasts its time has CPython's return what was in memory.
+      found = signal.sigwaitinfo(_SIGNALS)
+      if (found.si_code, found.si_pid) == (_SI_TKILL, os.getpid()):
+        return  # From `watch_signals`, to this thread alone.
       number, name = found.si_signo, signal.Signals(found.si_signo).name
       with self._lock:
         if self._saving_helps and self.signal is None:
