@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from tests.launching import suspend
 from tf_largebatch.cluster import read_cluster
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -226,6 +227,17 @@ while len(heard) < 2:
     launcher.wait(timeout=30)
     assert time.monotonic() - begun < 10
   assert launcher.returncode == 143
+  _wait_until_gone(pids, seconds=0)
+
+
+def test_a_suspended_launcher_goes_on(tmp_path):
+  with _launch(tmp_path, "print(os.getpid())\ntime.sleep(60)") as launcher:
+    pids = _read_pids(launcher, 2)
+    suspend(launcher)
+    assert launcher.poll() is None
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=30) == 143
+    assert "Traceback" not in launcher.stderr.read()
   _wait_until_gone(pids, seconds=0)
 
 

@@ -1,8 +1,10 @@
 """How tests start several tasks, or a program, from the repository's root."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -46,3 +48,12 @@ def launch(tasks, module, *arguments):
     timeout=240,
     check=False,
   )
+
+
+def suspend(process, seconds=0.5):
+  """Twice, as a terminal's Ctrl-Z, Slurm's suspend and a debugger do."""
+  for _ in range(2):
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.1)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.launching import ROOT
+from tests.launching import ROOT, suspend
 from tf_largebatch.preemption import StopRequest
 
 # The main thread is in the C library for good, but for the GIL that ctypes lets go.
@@ -91,15 +91,6 @@ def test_asked_once_the_program_hears_of_it():
     assert process.stdout.readline() == "in\n" and process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == 143
-
-
-def suspend(process):
-  """As Slurm's suspend and a debugger do; for longer than one wait for a signal may last."""
-  for _ in range(2):
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGCONT)
-    time.sleep(0.1)
 
 
 def test_suspended_and_resumed_it_still_hears_and_hears_nothing_twice():

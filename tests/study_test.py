@@ -11,7 +11,7 @@ import time
 import pytest
 from absl import flags
 
-from tests.launching import ROOT, SMALL
+from tests.launching import ROOT, SMALL, suspend
 from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
 from tools import study
@@ -95,6 +95,7 @@ def test_interrupted_twice_is_the_same(tmp_path):
       while log.read_text().count("Stopped (SIGTERM)") <= len(seen):
         assert time.monotonic() < deadline, log.read_text()[-2000:]
         time.sleep(0.1)
+      suspend(untouched, 1.1)  # The study alone, for longer than its waits; its run goes on.
       seen.append(study._epochs(work_dir))
       assert not _results(cut)
     for process in (start(path, cut), untouched):

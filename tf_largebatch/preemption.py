@@ -9,9 +9,26 @@ import threading
 import time
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_SI_TKILL = -6  # Linux' code of a signal to one thread.
 # Slurm tells of one preemption by two SIGTERMs, a tenth of a second apart.
 _SAME_REQUEST_SECONDS = 2.0
+_POLL_SECONDS = 0.05
+
+
+def next_signal(signals: tuple[int, ...], seconds: float) -> int | None:
+  """The first of some blocked signals to come, or None where none does within so many seconds.
+
+  `signal.sigtimedwait` with a time will not do: where a suspension (SIGSTOP) outlasts the time,
+  CPython's returns whatever lay in its memory, as if it were a signal.
+  """
+  deadline = time.monotonic() + seconds
+  while True:
+    found = signal.sigtimedwait(signals, 0)
+    if found:
+      return found.si_signo
+    left = deadline - time.monotonic()
+    if left <= 0:
+      return None
+    time.sleep(min(left, _POLL_SECONDS))
 
 
 class StopRequest:
@@ -36,13 +53,14 @@ class StopRequest:
     Enter it before TensorFlow is imported: threads that exist already would get the signals first.
     Until `honoured` is entered, and again after it, nothing is lost by ending at once.
     """
+    ended = threading.Event()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    thread = threading.Thread(target=self._take_signals, daemon=True)
+    thread = threading.Thread(target=self._take_signals, args=(ended,), daemon=True)
     thread.start()
     try:
       yield self
     finally:
-      signal.pthread_kill(thread.ident, signal.SIGTERM)
+      ended.set()
       thread.join()
       signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -57,14 +75,13 @@ class StopRequest:
       with self._lock:
         self._saving_helps = False
 
-  def _take_signals(self):
+  def _take_signals(self, ended: threading.Event):
     asked = -math.inf
-    while True:
-      # Not sigtimedwait: a SIGSTOP that outlasts its time has CPython's return what was in memory.
-      found = signal.sigwaitinfo(_SIGNALS)
-      if (found.si_code, found.si_pid) == (_SI_TKILL, os.getpid()):
-        return  # From `watch_signals`, to this thread alone.
-      number, name = found.si_signo, signal.Signals(found.si_signo).name
+    while not ended.is_set():
+      number = next_signal(_SIGNALS, 0.2)
+      if number is None:
+        continue
+      name = signal.Signals(number).name
       with self._lock:
         if self._saving_helps and self.signal is None:
           self.signal, asked = number, time.monotonic()

@@ -31,6 +31,7 @@ import time
 from absl import app, flags
 
 from tf_largebatch.errors import UserError
+from tf_largebatch.preemption import next_signal
 
 _TASKS = flags.DEFINE_integer("tasks", 2, "Number of tasks to start.")
 _MODULE = flags.DEFINE_string("module", "tf_largebatch.train", "Module that each task runs.")
@@ -131,9 +132,9 @@ def _wait(tasks: list[subprocess.Popen]) -> tuple[int, bool]:
         return (result.si_status if exited else 128 + result.si_status), False
     if all(results):
       return 0, False
-    stop = signal.sigtimedwait(_STOP_SIGNALS, 0.05)
+    stop = next_signal(_STOP_SIGNALS, 0.05)
     if stop:
-      return 128 + stop.si_signo, True
+      return 128 + stop, True
 
 
 def _end(tasks: list[subprocess.Popen], number: int) -> None:
@@ -144,9 +145,9 @@ def _end(tasks: list[subprocess.Popen], number: int) -> None:
   _signal(tasks, number)
   deadline = time.monotonic() + _GRACE_SECONDS.value
   while time.monotonic() < deadline and not all(_ended(task) for task in tasks):
-    again = signal.sigtimedwait(_STOP_SIGNALS, 0.05)
+    again = next_signal(_STOP_SIGNALS, 0.05)
     if again:
-      _signal(tasks, again.si_signo)
+      _signal(tasks, again)
   for task in tasks:
     os.killpg(task.pid, signal.SIGKILL)  # Also what a task started and left behind.
     task.wait()
@@ -206,9 +207,9 @@ def _launch(num_tasks: int, module: str, arguments: list[str]) -> int:
     print(
       f"Restart {restart + 1} of {_MAX_RESTARTS.value} in {pause:g} s.", file=sys.stderr, flush=True
     )
-    stop = signal.sigtimedwait(_STOP_SIGNALS, pause)
+    stop = next_signal(_STOP_SIGNALS, pause)
     if stop:
-      return 128 + stop.si_signo
+      return 128 + stop
 
 
 def main(argv: list[str]) -> int:

@@ -44,6 +44,7 @@ from absl import app, flags
 
 from tf_largebatch import train
 from tf_largebatch.errors import UserError, first_line
+from tf_largebatch.preemption import next_signal
 from tf_largebatch.recipe import Recipe
 
 _STUDIES = pathlib.Path(__file__).parent / "studies"
@@ -316,9 +317,9 @@ class _Studies:
         free = sorted(set(range(jobs)) - {each.share for each in self._working})
         for share in free[: len(self._waiting)]:
           self._begin(self._waiting.pop(0), share, cores[share::jobs])
-        stop = signal.sigtimedwait(_STOP_SIGNALS, _POLL_SECONDS)
+        stop = next_signal(_STOP_SIGNALS, _POLL_SECONDS)
         if stop:
-          return stop.si_signo
+          return stop
         self._show()
         for each in list(self._working):
           if each.process.poll() is not None:

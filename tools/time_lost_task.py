@@ -40,6 +40,7 @@ import tqdm
 from absl import app, flags
 
 from tf_largebatch.errors import LOST_TASK, UserError
+from tf_largebatch.preemption import next_signal
 
 LIMITS = {"kill": 60.0, "stop": 120.0, "cut": 120.0}  # Seconds to end in, by fault.
 _START_SECONDS = 180.0
@@ -147,9 +148,9 @@ def summarise(turns: list[Turn]) -> list[dict]:
 
 def _pause():
   """Sleeps for a moment; SIGINT and SIGTERM, blocked elsewhere, end the program from here."""
-  number = signal.sigtimedwait(_STOP_SIGNALS, 0.05)
+  number = next_signal(_STOP_SIGNALS, 0.05)
   if number:
-    sys.exit(128 + number.si_signo)
+    sys.exit(128 + number)
 
 
 def _ip(inside: list[str], *commands: str):
