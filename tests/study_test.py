@@ -90,6 +90,7 @@ def test_interrupted_twice_is_the_same(tmp_path):
       process.send_signal(number)
       status, output = _finish(process)
       assert status == (143 if number == signal.SIGTERM else -9), output
+      assert ("goes on from epoch " if seen else "small_seed0 begins.") in output
       # A run that outlives the study saves, too; until it has, it holds the work directory.
       deadline = time.monotonic() + 60
       while log.read_text().count("Stopped (SIGTERM)") <= len(seen):
@@ -171,6 +172,21 @@ def test_what_is_left(tmp_path):
   assert (
     study._Studies(runs, str(tmp_path), str(tmp_path / "no"), [])._estimate(1).startswith("what")
   )
+
+
+def test_progress_is_told_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
+  (run,) = study.read_study(_make_study(tmp_path, "seeds = 1"))
+  work_dir = tmp_path / "runs" / run.name
+  work_dir.mkdir(parents=True)
+  studies = study._Studies([run], str(tmp_path / "runs"), str(tmp_path), [])
+  studies._working.append(study.Working(run, None, 0, 0, 0.0))
+  (work_dir / "metrics.jsonl").write_text('{"kind": "train", "epoch": 1.5}\n')
+  studies._show()
+  assert capsys.readouterr().out == ""  # Not yet time for it.
+  monkeypatch.setattr(study, "_TELL_SECONDS", 0.0)
+  studies._show()
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line.startswith(" 50%|") and "1.5/3 epochs [" in line
 
 
 @pytest.mark.parametrize("field, value", [("workers", 7), ("epochs", 1)])

@@ -51,6 +51,7 @@ _STUDIES = pathlib.Path(__file__).parent / "studies"
 _RECIPE_FLAGS = {field.name for field in dataclasses.fields(Recipe)}
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL_SECONDS = 1.0
+_TELL_SECONDS = 600.0  # Between two lines of progress, where no bar can be shown.
 _GRACE_SECONDS = 120.0  # For a run to end its step and to save.
 _STARTS = 4  # Of a run that ends for no mistake of the user's.
 _DIVERGED = "error: Training diverged"  # How the trainer's line begins.
@@ -301,8 +302,9 @@ class _Studies:
       smoothing=0,  # Epochs of small minibatches take longer: all that was done tells more.
       bar_format="{percentage:3.0f}%|{bar}| {n:.1f}/{total} epochs [{elapsed}, left {remaining}]",
       dynamic_ncols=True,
-      disable=None,  # Where nobody watches a terminal.
+      file=None if sys.stderr.isatty() else open(os.devnull, "w"),  # noqa: SIM115
     )
+    self._told = time.monotonic()
 
   def work(self, jobs: int) -> int | None:
     """Works until all runs have ended, or until a signal, which it returns."""
@@ -336,7 +338,9 @@ class _Studies:
     work_dir = self._runs_dir / run.name
     log_size = _log(work_dir).stat().st_size if _log(work_dir).exists() else 0
     process = _start(run, work_dir, self._handed_on, cores)
-    self._working.append(Working(run, process, share, log_size, _epochs(work_dir)))
+    epochs = _epochs(work_dir)
+    self._working.append(Working(run, process, share, log_size, epochs))
+    self._say(f"{run.name} {f'goes on from epoch {epochs:.1f}' if epochs else 'begins'}.")
 
   def _end(self, ended: Working, cores: int, jobs: int):
     """Keeps a run's result, or has it go on, or raises UserError where that would not help."""
@@ -366,6 +370,9 @@ class _Studies:
       epochs = _epochs(self._runs_dir / each.run.name)
       self._bar.update(epochs - each.epochs)
       each.epochs = epochs
+    if not sys.stderr.isatty() and time.monotonic() - self._told >= _TELL_SECONDS:
+      self._told = time.monotonic()
+      self._say(str(self._bar))
 
   def _learn(self, result: dict):
     if result.get("seconds"):
