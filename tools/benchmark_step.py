@@ -25,8 +25,9 @@ passes with gradients added up, as one would there.
 
 FLOPs are those of convolutions and dense layers, 2 a multiply-add, and backprop twice the forward
 pass (less the first layer's gradient of its input). The ceiling is a large matrix product's in the
-same dtype, in the turns too. --profile tells the operations that most of each one's step goes to
-(not PyTorch's): on a CPU seconds of all threads, on a GPU of its kernels.
+same dtype, in the turns too: on a CPU in float32 by NumPy's OpenBLAS, else by TensorFlow's oneDNN
+or cuBLAS. --profile tells the operations that most of each one's step goes to (not PyTorch's): on a
+CPU seconds of all threads, on a GPU of its kernels.
 """
 
 import collections
@@ -352,11 +353,17 @@ def _torch_unit(nn, inputs: int, outputs: int, size: int, stride: int):
 
 
 def make_product(contender: Contender, cluster) -> Callable[[int], float]:
-  """A matrix product of as many FLOPs as `product_flops` says."""
+  """A matrix product of as many FLOPs as `product_flops` says, by the fastest way at hand."""
   import tensorflow as tf
 
   on = "gpu" if tf.config.get_visible_devices("GPU") else "cpu"
   side = _PRODUCT_SIDE[on]
+  if on == "cpu" and contender.recipe["dtype"] == "float32":
+    import numpy as np
+
+    # OpenBLAS, which is faster than TensorFlow's with oneDNN, let alone without.
+    matrix = np.random.default_rng(0).standard_normal((side, side), np.float32)
+    return lambda steps: [float((matrix @ matrix).max()) for _ in range(8 * steps)][-1]
   a = tf.random.normal([side, side], dtype=tf.float32)
   a = tf.cast(a, contender.recipe["dtype"])
   tf.config.experimental.enable_tensor_float_32_execution(False)
@@ -411,6 +418,8 @@ def work():
     os.environ["TF_CONFIG"] = message["tf_config"]
   if contender.kind in ("ours", "loop"):  # The others run as they come.
     train.set_environment(Recipe(**contender.recipe))
+  elif contender.kind == "product":  # All threads for its one operation.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
   from tf_largebatch.cluster import read_cluster
 
   try:
