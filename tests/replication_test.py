@@ -208,6 +208,41 @@ def test_the_sweep_and_its_break(tmp_path, above, verdicts, ends):
   assert (largest.kn, smallest and smallest.kn) == ends
 
 
+def test_beyond_the_break_without_scatter_nothing_is_decided(tmp_path):
+  ended = (f"{_KN}2048", f"{_KN}4096")
+  _write_all(tmp_path, {stem: group for stem, group in _GROUPS.items() if stem not in ended})
+  for stem, seed in itertools.product(ended, range(3)):
+    _write(tmp_path, _recipe(stem, seed=seed), stem, 0.9)
+  for seed in range(3):  # As the baseline, so that the break comes after it.
+    _write(tmp_path, _recipe(f"{_KN}1024", seed=seed), f"{_KN}1024", 0.1 + _SCATTER[seed])
+  assert _verdicts(tmp_path)["d3"] == replication.NOT_DECIDABLE
+
+
+def test_holm_by_hand():
+  # 4 · 0.01, 3 · 0.02, then 2 · 0.025 and 1 · 0.04, which are less than what came before.
+  adjusted = replication._holm({"c": 0.025, "a": 0.01, "d": 0.04, "b": 0.02})
+  assert adjusted == pytest.approx({"a": 0.04, "b": 0.06, "c": 0.06, "d": 0.06})
+  assert replication._holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+
+
+def test_what_was_asked_afterwards(tmp_path):
+  results = _write_all(tmp_path, _GROUPS)
+  (text,) = replication._afterwards(replication.read_groups(str(results)))
+  lines = text.splitlines()
+  assert lines[0].startswith("**Asked afterwards**") and lines[1] == ""
+  # All five of the one above all five of the other: 1 of the 10! / 5! 5! = 252 orders, of five p.
+  assert "a2 0.000 and 0.020 (0.004 alone)" in lines[2]
+  seeds = [0.1 + each for each in _SCATTER[1:]]
+  test = stats.ttest_ind(seeds, seeds, equal_var=False).confidence_interval(0.9)
+  told = f"- Without the pilots' seed 0, a1: +0.00 [{100 * test.low:+.2f}, {100 * test.high:+.2f}]"
+  assert lines[3].startswith(told)
+  assert "- None up to kn 512 (32 times the baseline's) is worse than the baseline by δ" in text
+  assert "The whole interval" not in text
+  lower = {**_GROUPS, f"{_KN}64": ("gradual", True, 0.09, 3)}
+  (text,) = replication._afterwards(replication.read_groups(str(_write_all(tmp_path / "2", lower))))
+  assert text.endswith("- The whole interval is below the baseline's error for kn 64.")
+
+
 def test_what_is_missing_is_pending(tmp_path):
   found = _sweep(tmp_path, [0.1] * 6 + [0.12], seeds=3)
   assert found["a1"] == f"pending (runs: 3 of 5 of {_KN}512, 3 of 5 of {_KN}16)"
