@@ -13,9 +13,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from tf_largebatch import input_pipeline, sources, training
+from tf_largebatch import files, input_pipeline, sources, training
 from tf_largebatch.bad_examples import BadExamples
-from tf_largebatch.errors import UserError
+from tf_largebatch.errors import InterruptedRunError, UserError
 from tf_largebatch.recipe import Recipe
 
 SHARDS, SHARD_EXAMPLES, CLASSES = 3, 8, 24
@@ -333,6 +333,37 @@ def test_what_is_told_is_listed_once_with_its_fault(tmp_path, faulty, caplog):
   bad.tell("train", source, 10)
   assert bad.write() == 2
   assert len((work_dir / "bad_examples.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_line(tmp_path, faulty, caplog, monkeypatch):
+  source = faulty.open()
+  work_dir = tmp_path / "run"
+  work_dir.mkdir()
+  bad = BadExamples(str(work_dir), 0)
+  bad.tell("train", source, 10)
+
+  def refuse(path, text):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as full:
+    full.setattr(files, "write_text", refuse)
+    bad.write()
+  assert "bad_examples.jsonl is behind" in caplog.text and not list(work_dir.iterdir())
+  assert bad.write() == 1
+  assert len((work_dir / "bad_examples.jsonl").read_text().splitlines()) == 1
+
+
+def test_data_that_were_out_of_reach_for_a_moment(tmp_path):
+  """No example has a fault now: the same command goes on, so a launcher may start it again."""
+
+  def fail():
+    raise tf.errors.UnavailableError(None, None, "Connection reset")
+    yield
+
+  source = Shards(str(tmp_path)).open()
+  with pytest.raises(InterruptedRunError, match=r"Connection reset.*all .* read well now") as error:
+    training._next(fail(), "train", source, range(EXAMPLES))
+  assert error.value.status == 138
 
 
 def test_a_header_is_as_the_tests_take_it(tmp_path):

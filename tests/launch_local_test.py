@@ -233,6 +233,25 @@ while len(heard) < 2:
   _wait_until_gone(pids, seconds=0)
 
 
+def test_a_full_disk_beneath_the_launchers_output_ends_no_task(tmp_path):
+  (tmp_path / "tiny.py").write_text(
+    "import pathlib, sys\nfor _ in range(20000):\n  print('x' * 99)\nsys.stdout.flush()\n"
+    "pathlib.Path(sys.argv[1]).touch()\n"
+  )
+  command = [sys.executable, "-m", "tools.launch_local", "--tasks=1", "--module=tiny", "--"]
+  with open("/dev/full", "w") as full:
+    subprocess.run(
+      [*command, str(tmp_path / "done")],
+      cwd=_ROOT,
+      env={**os.environ, "PYTHONPATH": str(tmp_path)},
+      stdout=full,
+      stderr=subprocess.DEVNULL,
+      timeout=60,
+      check=False,
+    )
+  assert (tmp_path / "done").exists()
+
+
 def test_a_suspended_launcher_goes_on(tmp_path):
   with _launch(tmp_path, "print(os.getpid())\ntime.sleep(60)") as launcher:
     pids = _read_pids(launcher, 2)

@@ -93,6 +93,16 @@ def test_asked_once_the_program_hears_of_it():
     assert process.wait(timeout=5) == 143
 
 
+def test_nobody_left_to_read_what_it_says_it_still_ends():
+  for mode, signals in (("outside", 1), ("honoured", 2)):
+    with program(mode) as process:
+      process.stderr.close()  # As tee does, which dies of Ctrl-C first.
+      for _ in range(signals):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+      assert process.wait(timeout=5) == 130
+
+
 def test_suspended_and_resumed_it_still_hears_and_hears_nothing_twice():
   with program("honoured") as process:
     suspend(process)

@@ -174,6 +174,35 @@ def test_what_is_left(tmp_path):
   )
 
 
+def test_a_run_that_a_killed_studys_trainer_still_holds_is_begun_again(tmp_path, capsys):
+  (run,) = study.read_study(_make_study(tmp_path, "seeds = 1"))
+  studies = study._Studies([run], str(tmp_path / "runs"), str(tmp_path), [])
+  log = tmp_path / "runs" / f"{run.name}.log"
+  log.parent.mkdir()
+  # As `training._only_run_in` has it.
+  log.write_text("error: work_dir=x is in use by a run (process 7 on y); end that one first\n")
+  ended = subprocess.Popen(["false"])
+  ended.wait()
+  studies._waiting.clear()
+  studies._starts[run.name] = 1
+  studies._end(study.Working(run, ended, 0, 0, 0.0), 1, 1)
+  assert studies._waiting == [run] and "is begun again" in capsys.readouterr().out
+  studies._starts[run.name] = study._STARTS
+  with pytest.raises(UserError, match="in use by a run"):
+    studies._end(study.Working(run, ended, 0, 0, 0.0), 1, 1)
+
+
+def test_two_flagfiles_of_one_name_are_refused(tmp_path):
+  runs = []
+  for folder in ("one", "two"):
+    (tmp_path / folder).mkdir()
+    lines = (*SMALL, f"--momentum=0.{len(folder) + len(runs)}")
+    runs += study.read_study(_make_study(tmp_path / folder, "seeds = 1", lines))
+  with pytest.raises(UserError, match=r"one/small.flags and .*two/small.flags"):
+    study._Studies(runs, str(tmp_path / "runs"), str(tmp_path), [])
+  study._Studies([runs[0], runs[0]], str(tmp_path / "runs"), str(tmp_path), [])
+
+
 def test_progress_is_told_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
   (run,) = study.read_study(_make_study(tmp_path, "seeds = 1"))
   work_dir = tmp_path / "runs" / run.name

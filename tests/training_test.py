@@ -186,6 +186,74 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
   assert kinds == [("eval", 3), ("eval", 6), ("eval", 9)]
 
 
+class Nothing:
+  """Stands for what keeps a run's records and checkpoints."""
+
+  busy = False
+
+  def __getattr__(self, name):
+    return lambda *_: None
+
+
+def make_steps(first_request, log_every_steps, saves, batches=1000):
+  """A run of several tasks, whose steps only tell the sum of the tasks' requests to stop."""
+
+  def train_step(batch, _):
+    request = float(batch >= first_request)
+    names = ("loss", "error", "learning_rate", "gradient_norm")
+    return dict.fromkeys(names, 1.0) | {"stop": request}
+
+  steps = training.Run(
+    recipe=RECIPE,
+    steps_per_epoch=10,
+    train_step=train_step,
+    batches=iter(range(1, batches)),
+    stop=StopRequest(),
+    alone=False,
+    log_every_steps=log_every_steps,
+    checkpoint_every_steps=0,
+    checkpoint_every_minutes=0,
+    bad=None,
+    checkpoints=Nothing(),
+    metrics=Nothing(),
+  )
+  # A checkpoint by the clock of this task alone.
+  steps.checkpoint_every_steps = Multiples(saves)
+  return steps
+
+
+class Multiples:
+  """What `number % self` is 0 for: some steps."""
+
+  def __init__(self, steps):
+    self._steps = steps
+
+  def __rmod__(self, number):
+    return number not in self._steps
+
+
+@pytest.mark.parametrize("log_every_steps", [1, 2, 3, 100])
+@pytest.mark.parametrize("saves", [(), (5,), (6,), (5, 6), (4, 5, 6, 7)])
+@pytest.mark.parametrize("first_request", [5, 6])
+def test_all_tasks_stop_after_the_same_step_whatever_each_looks_at(
+  first_request, log_every_steps, saves
+):
+  """One step after the first whose sum told of a request: the next is under way by then."""
+  steps = make_steps(first_request, log_every_steps, saves)
+  assert not training.train_to(steps, 40)
+  assert steps.done == first_request + 1
+
+
+def test_a_request_in_an_epochs_last_step_is_heard_in_the_next():
+  for log_every_steps in (1, 3, 100):
+    steps = make_steps(5, log_every_steps, ())
+    assert training.train_to(steps, 5)  # The epoch is over: it is evaluated.
+    assert not training.train_to(steps, 10) and steps.done == 6
+    steps = make_steps(5, log_every_steps, ())
+    ends = [training.train_to(steps, last) for last in range(1, 7)]  # Epochs of one step.
+    assert ends == [True] * 5 + [False]
+
+
 def test_k_left_out_is_that_of_the_run_that_is_continued(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(MetricsWriter, "train", cut_off("train", 2))

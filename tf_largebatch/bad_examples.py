@@ -30,6 +30,7 @@ class BadExamples:
     self._lines = _read(self._path)
     self._known = {(line["split"], line["example"]) for line in self._lines}
     self._told = queue.SimpleQueue()
+    self._unwritten = False
 
   def tell(self, split: str, source, example: int):
     """Notes an example for `write`; for the input pipeline's threads."""
@@ -47,9 +48,14 @@ class BadExamples:
       fault = sources.fault(source, example) or f"{source.describe(example)}: failed once"
       logging.warning("Left out of %s: %s", split, fault)
       new.append({"split": split, "example": example, "fault": fault})
-    if new:
-      self._lines += new
-      files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+    self._lines += new
+    self._unwritten = self._unwritten or bool(new)
+    if self._unwritten:
+      try:
+        files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+        self._unwritten = False
+      except files.FAILURES as error:  # A full disk, say: training goes on.
+        logging.warning("%s is behind (%s); tried again later.", self._path, first_line(error))
     paths = tf.io.gfile.glob(os.path.join(self._work_dir, "bad_examples*.jsonl"))
     listed = (line for path in paths for line in _read(path))
     return len({(line["split"], line["example"]) for line in listed})

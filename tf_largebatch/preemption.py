@@ -85,12 +85,12 @@ class StopRequest:
       with self._lock:
         if self._saving_helps and self.signal is None:
           self.signal, asked = number, time.monotonic()
-          _tell(f"{name}: saving at the end of this step; asked once more, the run ends at once.")
+          tell(f"{name}: saving at the end of this step; asked once more, the run ends at once.")
           continue
         repeated = self._saving_helps and self.signal == number == signal.SIGTERM
         if repeated and time.monotonic() - asked < _SAME_REQUEST_SECONDS:
           continue
-      _tell(f"error: Ended at once by {name}.")
+      tell(f"error: Ended at once by {name}.")
       end_process(128 + number)
 
 
@@ -102,5 +102,13 @@ def end_process(status: int):
   os._exit(status)
 
 
-def _tell(line: str):
-  print(line, file=sys.stderr, flush=True)
+def tell(text: str, to_stdout: bool = False):
+  """Prints a line, or does without where it cannot be: a closed terminal or pipe, a full disk."""
+  stream = sys.stdout if to_stdout else sys.stderr
+  try:
+    print(text, file=stream, flush=True)
+  except BrokenPipeError:
+    # For good, and the interpreter would end with a status of its own for what was not written.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+  except (OSError, ValueError):
+    pass

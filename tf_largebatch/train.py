@@ -19,7 +19,7 @@ from absl import app, flags, logging
 
 from tf_largebatch.cluster import read_cluster
 from tf_largebatch.errors import InterruptedRunError, UserError, first_line
-from tf_largebatch.preemption import StopRequest, end_process
+from tf_largebatch.preemption import StopRequest, end_process, tell
 from tf_largebatch.recipe import Recipe
 
 _DEFINE = {
@@ -187,7 +187,7 @@ def main(argv):
     try:
       return _train(argv, stop)
     except (UserError, InterruptedRunError) as error:
-      print(f"error: {error}", file=sys.stderr, flush=True)
+      tell(f"error: {error}")
       if isinstance(error, InterruptedRunError):
         end_process(error.status)
       return error.status
@@ -232,9 +232,12 @@ def _train(argv, stop: StopRequest) -> int:
     stop=stop,
   )
   if cluster.is_chief:
-    print(json.dumps(result, indent=2))
-    print(f"Result: {os.path.join(work_dir, 'result.json')}")
-    print(f"Curves: tensorboard --logdir {os.path.join(work_dir, 'tensorboard')}")
+    told = (
+      json.dumps(result, indent=2),
+      f"Result: {os.path.join(work_dir, 'result.json')}",
+      f"Curves: tensorboard --logdir {os.path.join(work_dir, 'tensorboard')}",
+    )
+    tell("\n".join(told), to_stdout=True)
   return 0
 
 

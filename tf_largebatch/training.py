@@ -27,7 +27,7 @@ from tf_largebatch import files, input_pipeline, preparation, resnet, sources, s
 from tf_largebatch.bad_examples import BadExamples
 from tf_largebatch.checkpoint import Checkpoints
 from tf_largebatch.cluster import Cluster, describe, make_strategy, telling_lost_tasks
-from tf_largebatch.errors import InterruptedRunError, UserError, first_line
+from tf_largebatch.errors import LOST_TASK, InterruptedRunError, UserError, first_line
 from tf_largebatch.loss_scale import LossScale
 from tf_largebatch.metrics import MetricsWriter
 from tf_largebatch.normalization import PerWorkerBatchNormalization
@@ -62,6 +62,7 @@ class Run:
   Attributes:
     done: steps done.
     seconds: time trained, of earlier sittings too; evaluation is not counted.
+    asked: whether the last step that was looked at told of a request to stop.
   """
 
   recipe: Recipe
@@ -78,6 +79,7 @@ class Run:
   metrics: MetricsWriter | None = None
   done: int = 0
   seconds: float = 0.0
+  asked: bool = False
 
 
 def train_and_evaluate(
@@ -460,9 +462,10 @@ def _next(batches, split: str, source, ids):
   except sources.FAULTS as error:
     found = next(filter(None, (sources.fault(source, int(index)) for index in ids)), None)
     if found is None:
-      raise UserError(
+      raise InterruptedRunError(
         f"Reading {split} failed ({first_line(error)}), but all of its examples read well now; "
-        "run again to continue."
+        "run again to continue.",
+        LOST_TASK,
       ) from error
     raise UserError(
       f"{split} cannot be read: {found}. Prepare the data again, or leave such examples out by "
@@ -474,7 +477,7 @@ def train_to(run: Run, last: int) -> bool:
   """Steps until `last` are done, or until after a task was asked to stop; whether `last` came."""
   since, saved = time.perf_counter(), time.monotonic()
   waited, losses, errors = 0.0, [], []
-  previous, asked = None, False
+  previous, stops = None, False
 
   def fetch(number, scalars):
     """Waits for a step, and checks it; whether a task was asked to stop before it."""
@@ -486,17 +489,19 @@ def train_to(run: Run, last: int) -> bool:
     errors.append(float(scalars["error"]))
     return float(scalars["stop"]) > 0
 
-  while run.done < last and not asked:
+  while run.done < last and not stops:
     before = time.perf_counter()
     batch = next(run.batches)
     waited += time.perf_counter() - before
     number = run.done + 1
     scalars = run.train_step(batch, tf.constant(float(run.stop.signal is not None)))
     run.done = number
-    # The step before is looked at while the device works on this one. All tasks learn of a request
-    # from the same sum, so all stop after the same step; one that is alone need not ask.
-    asked = previous is not None and fetch(number - 1, previous)
-    asked = asked or (run.alone and run.stop.signal is not None)
+    # The step before is looked at while the device works on this one, if it was not at once, for a
+    # record. All tasks learn of a request from the same sum and stop after the step that follows
+    # it, whenever each of them looked; one that is alone need not ask.
+    if previous is not None:
+      run.asked = fetch(number - 1, previous)
+    stops = run.asked or (run.alone and run.stop.signal is not None)
     previous = scalars
     minutes = (time.monotonic() - saved) / 60
     save = (
@@ -504,9 +509,9 @@ def train_to(run: Run, last: int) -> bool:
       or (0 < run.checkpoint_every_minutes <= minutes)
     ) and not run.checkpoints.busy
     # A checkpoint is a record's end, so that a run that goes on from it records each step once.
-    if not (asked or save or number == last or number % run.log_every_steps == 0):
+    if not (stops or save or number == last or number % run.log_every_steps == 0):
       continue
-    fetch(number, scalars)
+    run.asked = fetch(number, scalars)
     previous = None
     now = time.perf_counter()
     record = {name: float(value) for name, value in scalars.items() if name != "stop"}
@@ -525,7 +530,7 @@ def train_to(run: Run, last: int) -> bool:
       saved = time.monotonic()
     since, waited, losses, errors = time.perf_counter(), 0.0, [], []
   run.metrics.flush()
-  return run.done == last and not asked
+  return run.done == last and not stops
 
 
 def _divergence(what: str, number: int, run: Run, bad_from: int) -> UserError:
@@ -700,7 +705,7 @@ def _make_writable(work_dir: str):
   """Makes the directory if it is missing, and checks that it can be written."""
   with _telling_unwritable(work_dir):
     tf.io.gfile.makedirs(work_dir)
-    probe = os.path.join(work_dir, f".probe-{os.getpid()}")
+    probe = os.path.join(work_dir, f".probe-{os.urandom(8).hex()}")  # In containers all are pid 1.
     files.write_text(probe, "." * 4096)  # An empty file fits on a full disk.
     tf.io.gfile.remove(probe)
 

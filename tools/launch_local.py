@@ -97,11 +97,16 @@ def _start(module: str, arguments: list[str], addresses: list[str], index: int) 
 
 
 def _print_lines(task: subprocess.Popen, index: int, lock: threading.Lock) -> None:
-  """Prints the task's output until it ends; closes the pipe if printing fails."""
+  """Prints the task's output until it ends; closes the pipe if nobody is left to read it."""
   with task.stdout, contextlib.suppress(BrokenPipeError):
     for line in task.stdout:
-      with lock:
-        print(f"[task {index}]", line.removesuffix("\n"), flush=True)
+      try:
+        with lock:
+          print(f"[task {index}]", line.removesuffix("\n"), flush=True)
+      except BrokenPipeError:
+        raise
+      except OSError:
+        pass  # A full disk: the line is lost, the task is not.
 
 
 def _ended(task: subprocess.Popen) -> os.waitid_result | None:

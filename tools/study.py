@@ -55,6 +55,7 @@ _TELL_SECONDS = 600.0  # Between two lines of progress, where no bar can be show
 _GRACE_SECONDS = 120.0  # For a run to end its step and to save.
 _STARTS = 4  # Of a run that ends for no mistake of the user's.
 _DIVERGED = "error: Training diverged"  # How the trainer's line begins.
+_IN_USE = "is in use by a run"  # In the trainer's line.
 _DIGITS = 6  # Of an error in a curve: finer than one of a million images.
 _PR_SET_PDEATHSIG = 1  # From <sys/prctl.h>.
 
@@ -284,7 +285,12 @@ class _Studies:
     # One seed after the other, so that there is something of everything early. A run that several
     # studies plan is the first one's.
     for run in sorted(runs, key=lambda run: run.recipe.seed):
-      planned.setdefault(run.name, run)
+      first = planned.setdefault(run.name, run)
+      if first.recipe != run.recipe:
+        raise UserError(
+          f"{first.flagfile} and {run.flagfile} are not the same recipe, but their results would "
+          "have the same name; rename one."
+        )
     results = {name: find_result(run, self._results_dir) for name, run in planned.items()}
     self._waiting = [run for name, run in planned.items() if results[name] is None]
     self._working: list[Working] = []
@@ -349,7 +355,8 @@ class _Studies:
     line = "" if status == 0 else _last_line(_log(work_dir), ended.log_size)
     diverged = line if status == 1 and line.startswith(_DIVERGED) else None
     if status and not diverged:
-      if status in (1, 2) or self._starts[run.name] == _STARTS:
+      held = _IN_USE in line  # By a run of a study that was killed, until it has saved.
+      if (status in (1, 2) and not held) or self._starts[run.name] == _STARTS:
         raise UserError(f"{run.name} ended with status {status}: {line} (see {_log(work_dir)})")
       self._say(f"{run.name} ended with status {status} ({line}); it is begun again.")
       self._waiting.insert(0, run)
