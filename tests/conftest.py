@@ -2,6 +2,12 @@
 
 import signal
 
+import hypothesis
+
+# A busy machine is slow now and then: no test is a matter of time.
+hypothesis.settings.register_profile("without deadlines", deadline=None)
+hypothesis.settings.load_profile("without deadlines")
+
 
 def pytest_configure():
   # pytest-xdist's processes ignore SIGINT, and so would all that the tests start.
