@@ -590,7 +590,6 @@ def one_line(call, *arguments):
 def few(examples):
   return hypothesis.settings(
     max_examples=examples,
-    deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=list(hypothesis.HealthCheck),

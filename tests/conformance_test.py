@@ -160,7 +160,7 @@ def assert_steps(seen, recipe, network):
   seed=st.integers(0, 2**31 - 1),
 )
 # No shrinking: a case takes seconds, and a failing one is small as it is.
-@settings(max_examples=10, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@settings(max_examples=10, derandomize=True, database=None, phases=[Phase.generate])
 def test_every_recipe_is_the_references(network, **changes):
   # A step of fewer images would make more than 12 an epoch of them.
   assume(changes["workers"] * changes["per_worker_batch_size"] >= 4)

@@ -194,9 +194,9 @@ def test_a_run_that_a_killed_studys_trainer_still_holds_is_begun_again(tmp_path,
 
 def test_two_flagfiles_of_one_name_are_refused(tmp_path):
   runs = []
-  for folder in ("one", "two"):
+  for folder, momentum in (("one", 0.3), ("two", 0.4)):
     (tmp_path / folder).mkdir()
-    lines = (*SMALL, f"--momentum=0.{len(folder) + len(runs)}")
+    lines = (*SMALL, f"--momentum={momentum}")
     runs += study.read_study(_make_study(tmp_path / folder, "seeds = 1", lines))
   with pytest.raises(UserError, match=r"one/small.flags and .*two/small.flags"):
     study._Studies(runs, str(tmp_path / "runs"), str(tmp_path), [])

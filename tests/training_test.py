@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -195,7 +196,7 @@ class Nothing:
     return lambda *_: None
 
 
-def make_steps(first_request, log_every_steps, saves, batches=1000):
+def make_steps(first_request, log_every_steps, saves):
   """A run of several tasks, whose steps only tell the sum of the tasks' requests to stop."""
 
   def train_step(batch, _):
@@ -203,23 +204,20 @@ def make_steps(first_request, log_every_steps, saves, batches=1000):
     names = ("loss", "error", "learning_rate", "gradient_norm")
     return dict.fromkeys(names, 1.0) | {"stop": request}
 
-  steps = training.Run(
+  return training.Run(
     recipe=RECIPE,
     steps_per_epoch=10,
     train_step=train_step,
-    batches=iter(range(1, batches)),
+    batches=itertools.count(1),
     stop=StopRequest(),
     alone=False,
     log_every_steps=log_every_steps,
-    checkpoint_every_steps=0,
+    checkpoint_every_steps=Multiples(saves),  # As by the clock, which is each task's own.
     checkpoint_every_minutes=0,
     bad=None,
     checkpoints=Nothing(),
     metrics=Nothing(),
   )
-  # A checkpoint by the clock of this task alone.
-  steps.checkpoint_every_steps = Multiples(saves)
-  return steps
 
 
 class Multiples:

@@ -29,8 +29,8 @@ class BadExamples:
     self._path = os.path.join(work_dir, f"bad_examples{suffix}.jsonl")
     self._lines = _read(self._path)
     self._known = {(line["split"], line["example"]) for line in self._lines}
+    self._written = len(self._lines)
     self._told = queue.SimpleQueue()
-    self._unwritten = False
 
   def tell(self, split: str, source, example: int):
     """Notes an example for `write`; for the input pipeline's threads."""
@@ -38,7 +38,6 @@ class BadExamples:
 
   def write(self) -> int:
     """Lists and logs what was told since; how many examples all tasks have listed."""
-    new = []
     while not self._told.empty():
       split, source, example = self._told.get()
       if (split, example) in self._known:
@@ -47,13 +46,11 @@ class BadExamples:
       # One that reads well now was out of reach for a moment: a network or disk that failed.
       fault = sources.fault(source, example) or f"{source.describe(example)}: failed once"
       logging.warning("Left out of %s: %s", split, fault)
-      new.append({"split": split, "example": example, "fault": fault})
-    self._lines += new
-    self._unwritten = self._unwritten or bool(new)
-    if self._unwritten:
+      self._lines.append({"split": split, "example": example, "fault": fault})
+    if self._written < len(self._lines):
       try:
         files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
-        self._unwritten = False
+        self._written = len(self._lines)
       except files.FAILURES as error:  # A full disk, say: training goes on.
         logging.warning("%s is behind (%s); tried again later.", self._path, first_line(error))
     paths = tf.io.gfile.glob(os.path.join(self._work_dir, "bad_examples*.jsonl"))

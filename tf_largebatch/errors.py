@@ -5,7 +5,7 @@ import re
 # Exit statuses of the binary. Those from 128 on, as for processes that a signal ended, mean that
 # the same command, run again, goes on; 138 is what Kubeflow's operators leave to the program.
 NEEDS_THE_USER = 1
-LOST_TASK = 138
+LOST_TASK = 138  # Or data that were out of reach for a moment.
 
 _LONGEST_MESSAGE = 2000
 

@@ -275,7 +275,7 @@ def _parse_or_exit(argv: list[str]) -> list[str]:
   try:
     return parse_flags(argv)
   except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
+    tell(f"error: {error}")
     sys.exit(error.status)
 
 

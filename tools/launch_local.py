@@ -98,13 +98,13 @@ def _start(module: str, arguments: list[str], addresses: list[str], index: int) 
 
 def _print_lines(task: subprocess.Popen, index: int, lock: threading.Lock) -> None:
   """Prints the task's output until it ends; closes the pipe if nobody is left to read it."""
-  with task.stdout, contextlib.suppress(BrokenPipeError):
+  with task.stdout:
     for line in task.stdout:
       try:
         with lock:
           print(f"[task {index}]", line.removesuffix("\n"), flush=True)
       except BrokenPipeError:
-        raise
+        return
       except OSError:
         pass  # A full disk: the line is lost, the task is not.
 

@@ -234,6 +234,11 @@ def worse_by_delta(test: Welch | None) -> bool:
   return test is not None and test.interval[0] > _DELTA
 
 
+def _against_first(groups: list[Group]) -> list[tuple[Group, Welch | None]]:
+  """Each of the others with its test against the first."""
+  return [(group, welch(group.errors, groups[0].errors)) for group in groups[1:]]
+
+
 def find_break(groups: list[Group]) -> tuple[Group, Group | None]:
   """The ends of the interval that the break lies in; groups by kn, the baseline first.
 
@@ -241,7 +246,7 @@ def find_break(groups: list[Group]) -> tuple[Group, Group | None]:
     The last group such that it and all smaller ones are equal to the baseline, and the first that
     is worse by more than delta, or None.
   """
-  tests = [(group, welch(group.errors, groups[0].errors)) for group in groups[1:]]
+  tests = _against_first(groups)
   equals = itertools.takewhile(lambda pair: equal(pair[1]) == REPRODUCED, tests)
   largest_equal = [groups[0], *(group for group, _ in equals)][-1]
   return largest_equal, next((group for group, test in tests if worse_by_delta(test)), None)
@@ -292,9 +297,11 @@ def _decide_curves(groups) -> Claim:
   if not verdict:
     gradual, baseline = groups[_GRADUAL], groups[_BASELINE]
     found = compare_runs.compare(gradual.curves, baseline.curves, "training", _TOLERANCE)
-    ours = f"the training error {found.tell()}" if found.differences else "no epoch in common"
-    above = sum(each.difference > 0 for each in found.tail)
-    ours += f"; above the baseline's at {above} of the last {len(found.tail)} epochs"
+    ours = "no epoch in common"
+    if found.differences:
+      above = sum(each.difference > 0 for each in found.tail)
+      last = f"the last {len(found.tail)} epochs"
+      ours = f"the training error {found.tell()}; above the baseline's at {above} of {last}"
     diverged = any(result.diverged for group in (gradual, baseline) for result in group.results)
     ours += "; a run diverged" if diverged else ""
     since = math.inf if found.matches_from_epoch is None else found.matches_from_epoch
@@ -313,7 +320,7 @@ def _decide_sweep(groups) -> list[Claim]:
   tests = {}
   if baseline and len(baseline.results) > 1:
     others = [group for group in there[1:] if len(group.results) > 1]
-    tests = {group.stem: welch(group.errors, baseline.errors) for group in others}
+    tests = {group.stem: test for group, test in _against_first([baseline, *others])}
 
   def listed(stems, kind):
     told = [f"{groups[stem].label}: {groups[stem].told}" for stem in stems if stem in groups]
@@ -642,18 +649,20 @@ def _tell_break(groups: dict[str, Group]) -> str:
 def _afterwards(groups: dict[str, Group]) -> list[str]:
   """What was asked only when the results were known, in Markdown; no verdict rests on it."""
   pairs = [pair for pair in _PAIRS if not _pending(groups, pair[3:5], pair[5])]
-  worse_pairs = [pair for pair in pairs if pair[2] == "worse"]
-  ranked = {}
-  for key, _, _, first, second, _ in worse_pairs:
-    errors = (groups[first].errors, groups[second].errors)
-    ranked[key] = float(mannwhitneyu(*errors, alternative="greater").pvalue)
-  tests = {key: welch(groups[a].errors, groups[b].errors) for key, _, _, a, b, _ in worse_pairs}
-  columns = [_holm({key: test.p_above() for key, test in tests.items() if test}), _holm(ranked)]
+  errors = {
+    key: (groups[first].errors, groups[second].errors)
+    for key, _, kind, first, second, _ in pairs
+    if kind == "worse"
+  }
+  tests = {key: welch(*both) for key, both in errors.items()}
+  ranks = {k: float(mannwhitneyu(*v, alternative="greater").pvalue) for k, v in errors.items()}
+  by_welch = _holm({key: test.p_above() for key, test in tests.items() if test})
+  by_ranks = _holm(ranks)
   lines = []
-  if ranked:
+  if ranks:
     told = [
-      f"{key} {columns[0].get(key, 1):.3f} and {columns[1][key]:.3f} ({ranked[key]:.3f} alone)"
-      for key in ranked
+      f"{key} {by_welch.get(key, 1):.3f} and {by_ranks[key]:.3f} ({ranks[key]:.3f} alone)"
+      for key in ranks
     ]
     lines.append(
       "Corrected for their number (Holm), p of the claims that something is worse would be, by "
@@ -665,11 +674,9 @@ def _afterwards(groups: dict[str, Group]) -> list[str]:
     if key in ("a1", "a2", "a3") and min(map(len, later)) > 1:
       lines.append(f"Without the pilots' seed 0, {key}: {_difference(welch(*later), kind)}.")
   if not _pending(groups, tuple(_SWEEP), 3):
-    baseline = groups[_BASELINE].errors
-    intervals = [(groups[stem], welch(groups[stem].errors, baseline)) for stem in _OTHERS]
-    intervals = [(group, test.interval) for group, test in intervals if test]
-    fine = list(itertools.takewhile(lambda each: each[1][1] < _DELTA, intervals))
-    lower = [f"kn {group.kn}" for group, (_, high) in intervals if high < 0]
+    sweep = _against_first([groups[stem] for stem in _SWEEP])
+    fine = list(itertools.takewhile(lambda pair: pair[1] and pair[1].interval[1] < _DELTA, sweep))
+    lower = [f"kn {group.kn}" for group, test in sweep if test and test.interval[1] < 0]
     if fine:
       lines.append(
         f"None up to kn {fine[-1][0].kn} ({_ratio(fine[-1][0], groups):g} times the baseline's) is "
