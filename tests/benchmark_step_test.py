@@ -70,23 +70,36 @@ def test_bad_contenders_are_refused(text, culprit):
 
 def test_ratios_are_of_medians_of_images_a_second():
   fast = benchmark_step.parse_contender("ours", _RECIPE.to_dict(), {})
-  slow = benchmark_step.parse_contender("keras:workers=1", _RECIPE.to_dict(), {})
+  slow = benchmark_step.parse_contender("keras:workers=1:dtype=bfloat16", _RECIPE.to_dict(), {})
 
   def found(*seconds):
-    turns = [{"seconds": s, "cpu_seconds": 2 * s, "peak_bytes": 5} for s in seconds]
-    return {"ready": {"flops": 10.0, "parameters": 7}, "turns": turns}
+    return {"turns": [{"seconds": s, "cpu_seconds": 2 * s, "peak_bytes": 5} for s in seconds]}
 
-  results = {"ours": found(8, 4, 40), "keras:workers=1": found(8, 8, 2), "product": found(2, 1, 9)}
-  summary = benchmark_step.summarize([fast, slow], results, steps=2)
+  in_float32, in_bfloat16 = (
+    benchmark_step.ceiling_of(contender).name for contender in (fast, slow)
+  )
+  assert in_float32 != in_bfloat16
+  results = {
+    "ours": found(8, 4, 40),
+    slow.name: found(8, 8, 2),
+    in_float32: found(2, 1, 9),
+    in_bfloat16: found(3, 4, 8),
+  }
+  work = {"ours": {"flops": 10, "parameters": 7}, slow.name: {"flops": 20, "parameters": 1}}
+  summary = benchmark_step.summarize([fast, slow], results, 2, work)
   ours, keras = summary["contenders"].values()
   # Two steps a turn: medians of 4 s and 4 s a step, of 64 and of 32 images.
   assert ours["images_per_second"] == 16 and keras["images_per_second"] == 8
   assert (ours["ratio"], keras["ratio"]) == (1, 2)
   assert ours["flops_per_second"] == 160 and ours["cpu_seconds"] == 8
   # Eight products of two 2048 × 2048 matrices a step.
-  assert summary["ceiling_flops_per_second"] == 8 * 2 * 2048**3
+  assert summary["ceilings_flops_per_second"] == {
+    in_float32: 8 * 2 * 2048**3,
+    in_bfloat16: 4 * 2 * 2048**3,
+  }
   assert ours["gradient_bytes"] == 28
   assert ours["share_of_ceiling"] == 160 / (16 * 2048**3)
+  assert keras["share_of_ceiling"] == 160 / (8 * 2048**3)
 
 
 def test_a_real_run(tmp_path):

@@ -138,6 +138,24 @@ def test_a_torn_or_tampered_checkpoint_is_named_and_passed_over(tmp_path, damage
   assert reason in record.getMessage()
 
 
+def test_a_loss_of_power_leaves_no_manifest_without_its_state(tmp_path, monkeypatch):
+  synced = []
+
+  def fsync(descriptor):
+    name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+    synced.append((name, os.fstat(descriptor).st_size, sorted(os.listdir(tmp_path))))
+
+  monkeypatch.setattr(os, "fsync", fsync)
+  save(tmp_path, 1)
+  manifest, state = names(1)
+  sizes = [os.path.getsize(tmp_path / name) for name in (state, manifest)]
+  # All of it is on the disk before it takes its name, the manifest's last.
+  assert synced == [
+    (f"{state}.partial", sizes[0], [f"{state}.partial"]),
+    (f"{manifest}.partial", sizes[1], [f"{manifest}.partial", state]),
+  ]
+
+
 def test_torn_ones_do_not_outlive_those_that_are_saved_after_them(tmp_path):
   """Their manifests are whole, and their steps the highest."""
   save(tmp_path, 5, 20, 21, error=lambda step: 1 / step)

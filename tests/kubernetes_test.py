@@ -137,6 +137,8 @@ def test_the_operator_restarts_what_a_restart_helps(job, pod, container):
   assert "restartPolicy" not in pod  # The operator would overwrite it.
   # 30 s to save, and the rest of a step.
   assert pod["terminationGracePeriodSeconds"] >= 60
+  # SIGALRM ends no process 1 (cluster._ended_by_alarm).
+  assert pod["shareProcessNamespace"] is True
   # No shell between SIGTERM and the trainer.
   assert container["command"] == ["python", "-m", "tf_largebatch.train"]
 

@@ -1,6 +1,7 @@
 """What the metrics leave, and what they drop when a run continues."""
 
 import json
+import os
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
@@ -31,6 +32,14 @@ def test_records_past_the_restored_step_come_again_once(tmp_path):
   # Those of the earlier sitting count for the median of the last five.
   assert [record["error"] for record in evaluations] == [0.3, 0.6, 0.9]
   assert records[0] == {"kind": "train", "step": 1, "epoch": 1 / 3, **SCALARS, "loss": 1.0}
+
+
+def test_an_evaluation_outlasts_a_loss_of_power(tmp_path, monkeypatch):
+  """Before a checkpoint says that its epoch is evaluated, or nobody would do it again."""
+  synced = []
+  monkeypatch.setattr(os, "fsync", lambda _: synced.append(read_metrics(str(tmp_path))))
+  write(tmp_path, 0, range(1, 4))
+  assert [record["error"] for record in synced[-1] if record["kind"] == "eval"] == [0.3]
 
 
 def test_tensorboard_has_the_scalars_and_the_recipe(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 
 import tensorflow as tf
 
@@ -11,7 +12,7 @@ FAILURES = (OSError, tf.errors.OpError)
 
 @contextlib.contextmanager
 def replacing(path: str, mode: str, suffix: str = ".partial"):
-  """A file that takes its name, and another's place, when all of it is written.
+  """A file that takes its name, and another's place, when all of it is written and on the disk.
 
   Args:
     path: its name.
@@ -22,11 +23,20 @@ def replacing(path: str, mode: str, suffix: str = ".partial"):
   try:
     with tf.io.gfile.GFile(partial, mode) as file:
       yield file
+    sync(partial)
     tf.io.gfile.rename(partial, path, overwrite=True)
   except BaseException:
     with contextlib.suppress(*FAILURES):
       tf.io.gfile.remove(partial)  # A full disk needs the room.
     raise
+
+
+def sync(path: str) -> None:
+  """Returns when what was written of the file outlasts a loss of power."""
+  if "://" in path:  # An object store keeps what it has taken.
+    return
+  with open(path, "rb") as file:
+    os.fsync(file.fileno())
 
 
 def read_text(path: str) -> str:

@@ -114,6 +114,8 @@ class MetricsWriter:
     """Records an evaluation."""
     self.evaluations.append(self._write("eval", step, epoch, scalars))
     self.flush()
+    with self._telling_failure():
+      files.sync(self._path)  # The checkpoint will say that this epoch is evaluated.
     text = f"validation error {scalars['error']:.2%}, loss {scalars['loss']:.4f}"
     self.say(f"epoch {epoch:g}: {text} after {step} steps")
 

@@ -24,10 +24,10 @@ cores evenly between them. Those that are not ours take the step's kn images of 
 passes with gradients added up, as one would there.
 
 FLOPs are those of convolutions and dense layers, 2 a multiply-add, and backprop twice the forward
-pass (less the first layer's gradient of its input). The ceiling is a large matrix product's in the
-same dtype, in the turns too: on a CPU in float32 by NumPy's OpenBLAS, else by TensorFlow's oneDNN
-or cuBLAS. --profile tells the operations that most of each one's step goes to (not PyTorch's): on a
-CPU seconds of all threads, on a GPU of its kernels.
+pass (less the first layer's gradient of its input). A contender's ceiling is a large matrix product
+of its dtype on its cores, in the turns too: on a CPU in float32 by NumPy's OpenBLAS, else by
+TensorFlow's oneDNN or cuBLAS. --profile tells the operations that most of each one's step goes to
+(not PyTorch's): on a CPU seconds of all threads, on a GPU of its kernels.
 """
 
 import collections
@@ -371,6 +371,13 @@ def make_product(contender: Contender, cluster) -> Callable[[int], float]:
   return lambda steps: [float(product()) for _ in range(8 * steps)][-1]
 
 
+def ceiling_of(contender: Contender) -> Contender:
+  """What it is held against: the product in its dtype on its cores."""
+  dtype, cores = contender.recipe["dtype"], contender.cores
+  name = f"a matrix product, {dtype}, {cores} cores"
+  return Contender(name, "product", contender.recipe, {}, {}, cores=cores)
+
+
 def product_flops(gpu: bool) -> float:
   """Of one turn's step of `make_product`."""
   return 8 * 2 * _PRODUCT_SIDE["gpu" if gpu else "cpu"] ** 3
@@ -423,16 +430,10 @@ def work():
   from tf_largebatch.cluster import read_cluster
 
   try:
-    if not _is_tensorflow(contender):  # TensorFlow only counts the FLOPs there.
-      import tensorflow as tf
-
-      tf.config.set_visible_devices([], "GPU")
     take_steps = _MAKERS[contender.kind](contender, read_cluster())
     take_steps(1)
     take_steps(1)
     report = {"ready": True}
-    if task == 0 and contender.kind != "product":
-      report |= count_work(Recipe(**contender.recipe))
   except (UserError, ImportError) as error:
     report = {"error": first_line(error)}
   _say(report)
@@ -571,10 +572,10 @@ class Processes:
     print(self._log.read_text(errors="replace")[-4000:], file=sys.stderr)
     raise UserError(f"{self.contender.name} failed with status {process.wait()}.")
 
-  def ready(self) -> dict:
-    """Waits until all tasks have compiled and warmed up; the first one's report."""
-    reports = [self._hear(process) for process in self._processes]
-    return reports[0]
+  def wait_until_ready(self):
+    """Returns when all tasks have compiled and warmed up."""
+    for process in self._processes:
+      self._hear(process)
 
   def take(self, steps: int) -> dict:
     """The first task's report of so many steps; memory is all tasks'."""
@@ -604,24 +605,24 @@ class Processes:
 
 
 def run_in_turns(contenders: list[Contender], turns: int, steps: int, profile: bool) -> dict:
-  """The reports of each contender's turns, by name; "product" is the ceiling's.
+  """The reports of each contender's turns by name, and those of its `ceiling_of`.
 
   Raises:
     UserError: none of them could be measured.
   """
-  first = contenders[0]
-  product = Contender("product", "product", first.recipe, {}, {})
+  products = {product.name: product for product in map(ceiling_of, contenders)}
   results, running = {}, []
   with contextlib.ExitStack() as held:
     scratch = held.enter_context(tempfile.TemporaryDirectory())
-    for contender in [*contenders, product]:
+    for contender in [*contenders, *products.values()]:
       processes = Processes(contender, scratch)
       held.callback(processes.end)
       try:  # One after another, for compiling keeps all cores busy.
-        results[contender.name] = {"ready": processes.ready(), "turns": []}
+        processes.wait_until_ready()
+        results[contender.name] = {"turns": []}
         running.append(processes)
       except UserError as error:
-        if contender is product:
+        if contender.kind == "product":
           raise
         print(f"not measured: {error}", file=sys.stderr, flush=True)
         processes.end()
@@ -636,17 +637,23 @@ def run_in_turns(contenders: list[Contender], turns: int, steps: int, profile: b
     if profile:
       for processes in running:
         results[processes.contender.name]["operations"] = processes.profile()
-  if not set(results) - {"product"}:
+  if not set(results) - set(products):
     raise UserError("None of the contenders could be measured.")
   return results
 
 
-def summarize(contenders: list[Contender], results: dict, steps: int) -> dict:
-  """The figures by contender's name; ratios are of medians, to the first contender."""
-  rows = {}
-  product = results["product"]["turns"]
-  gpu = "gpu_peak_bytes" in product[0]
-  ceiling = product_flops(gpu) * steps / statistics.median(turn["seconds"] for turn in product)
+def summarize(contenders: list[Contender], results: dict, steps: int, work: dict) -> dict:
+  """The figures by contender's name; ratios are of medians, to the first contender.
+
+  Args:
+    contenders, results, steps: those of `run_in_turns`.
+    work: each contender's `count_work`, by name.
+  """
+  rows, ceilings = {}, {}
+  for name in dict.fromkeys(ceiling_of(contender).name for contender in contenders):
+    turns = results[name]["turns"]
+    seconds = statistics.median(turn["seconds"] for turn in turns)
+    ceilings[name] = product_flops("gpu_peak_bytes" in turns[0]) * steps / seconds
   for contender in contenders:
     if contender.name not in results:
       continue
@@ -655,7 +662,7 @@ def summarize(contenders: list[Contender], results: dict, steps: int) -> dict:
     each = [turn["seconds"] / steps for turn in found["turns"]]
     seconds = statistics.median(each)
     images = recipe.global_batch_size
-    flops = images * found["ready"]["flops"] / seconds
+    flops = images * work[contender.name]["flops"] / seconds
     rows[contender.name] = {
       "kind": contender.kind,
       "network": recipe.network,
@@ -666,13 +673,13 @@ def summarize(contenders: list[Contender], results: dict, steps: int) -> dict:
       "cores": contender.cores,
       "dtype": recipe.dtype,
       "step_options": contender.step_options,
-      "gradient_bytes": 4 * found["ready"]["parameters"],
+      "gradient_bytes": 4 * work[contender.name]["parameters"],
       "step_seconds": seconds,
       "step_seconds_each": each,
       "images_per_second": images / seconds,
       "cpu_seconds": statistics.median(turn["cpu_seconds"] / steps for turn in found["turns"]),
       "flops_per_second": flops,
-      "share_of_ceiling": flops / ceiling,
+      "share_of_ceiling": flops / ceilings[ceiling_of(contender).name],
       "peak_bytes": found["turns"][-1]["peak_bytes"],
       "gpu_peak_bytes": found["turns"][-1].get("gpu_peak_bytes"),
       "operations": found.get("operations", {}),
@@ -687,7 +694,7 @@ def summarize(contenders: list[Contender], results: dict, steps: int) -> dict:
   base = next(iter(rows.values()))["images_per_second"]
   for row in rows.values():
     row["ratio"] = base / row["images_per_second"]
-  return {"contenders": rows, "ceiling_flops_per_second": ceiling}
+  return {"contenders": rows, "ceilings_flops_per_second": ceilings}
 
 
 def to_table(summary: dict) -> list[str]:
@@ -720,8 +727,9 @@ def to_table(summary: dict) -> list[str]:
       total = sum(row["operations"].values())
       shares = (f"{kind} {seconds / total:.1%}" for kind, seconds in operations)
       lines.append(f"{name}: {total:.3f} s: {', '.join(shares)}")
-  ceiling = summary["ceiling_flops_per_second"] / 1e9
-  return [*lines, f"ceiling: a matrix product at {ceiling:.1f} GFLOP/s"]
+  for name, ceiling in summary["ceilings_flops_per_second"].items():
+    lines.append(f"ceiling: {name} at {ceiling / 1e9:.1f} GFLOP/s")
+  return lines
 
 
 def main(argv: list[str]) -> int:
@@ -742,7 +750,12 @@ def main(argv: list[str]) -> int:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return error.status
-  summary = summarize(contenders, results, values.steps)
+  # Here and now, where TensorFlow takes none of the contenders' memory, nor a GPU's.
+  import tensorflow as tf
+
+  tf.config.set_visible_devices([], "GPU")
+  work = {contender.name: count_work(Recipe(**contender.recipe)) for contender in contenders}
+  summary = summarize(contenders, results, values.steps, work)
   print("\n".join(to_table(summary)))
   if values.json:
     packages = ("tensorflow", "keras", "torch", "numpy")
