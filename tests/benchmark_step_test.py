@@ -59,6 +59,8 @@ def test_a_contenders_options_go_where_they_belong():
     ("ours:workers=8:tasks=3", "tasks=3"),
     ("ours:tasks=x", "tasks=x"),
     ("ours:cores=0", "cores=0"),
+    ("ours:cores=10000", "cores=10000"),
+    ("keras:dtype=float64", "float64"),
     ("keras:tasks=2", "ours alone"),
     ("torch:network=resnet20", "resnet50"),
   ],
@@ -73,7 +75,8 @@ def test_ratios_are_of_medians_of_images_a_second():
   slow = benchmark_step.parse_contender("keras:workers=1:dtype=bfloat16", _RECIPE.to_dict(), {})
 
   def found(*seconds):
-    return {"turns": [{"seconds": s, "cpu_seconds": 2 * s, "peak_bytes": 5} for s in seconds]}
+    turns = [{"seconds": s, "cpu_seconds": 2 * s, "peak_bytes": 5} for s in seconds]
+    return {"ready": {"passes": 2}, "turns": turns}
 
   in_float32, in_bfloat16 = (
     benchmark_step.ceiling_of(contender).name for contender in (fast, slow)
@@ -107,13 +110,14 @@ def test_a_real_run(tmp_path):
   process = run_module(
     "tools.benchmark_step",
     *("--network=resnet8", "--image_size=8", "--per_worker_batch_size=2", "--turns=2"),
-    *("--contenders=ours:workers=2:tasks=2,loop,keras", f"--json={path}", "--profile"),
+    *("--contenders=ours:workers=2:tasks=2,loop,keras:workers=2", f"--json={path}", "--profile"),
     timeout=240,
   )
   assert process.returncode == 0, process.stderr
   found = json.loads(path.read_text())
   rows = found["contenders"]
-  assert list(rows) == ["ours:workers=2:tasks=2", "loop", "keras"]
+  assert list(rows) == ["ours:workers=2:tasks=2", "loop", "keras:workers=2"]
+  assert [row["passes"] for row in rows.values()] == [1, 1, 2]
   for row in rows.values():
     assert any("Conv2DBackpropFilter" in name for name in row["operations"])
     assert "Process" not in row["operations"]  # It runs the operations, and is none.
@@ -121,12 +125,21 @@ def test_a_real_run(tmp_path):
     assert row["images_per_second"] == 2 * row["workers"] / row["step_seconds"]
     assert 0 < row["share_of_ceiling"] < 1 and row["peak_bytes"] > 2**27
   assert 0.2 < rows["loop"]["share_within_steps"] < 1
-  assert 0.2 < rows["loop"]["share_of_bare_step"] < 5 and "share_of_bare_step" not in rows["keras"]
+  assert 0.2 < rows["loop"]["share_of_bare_step"] < 5
+  assert "share_of_bare_step" not in rows["keras:workers=2"]
   assert found["versions"]["tensorflow"]
   assert process.stdout.splitlines()[-1].startswith("ceiling: ")
 
 
-def test_a_users_mistake_gets_one_line():
-  process = run_module("tools.benchmark_step", "--contenders=theirs")
+@pytest.mark.parametrize(
+  "argument, said",
+  [
+    ("--contenders=theirs", "--contenders=theirs"),
+    ("torch", "Unexpected argument 'torch'"),
+    ("--json=nowhere/step.json", "--json=nowhere/step.json: there is no such directory"),
+  ],
+)
+def test_a_users_mistake_gets_one_line(argument, said):
+  process = run_module("tools.benchmark_step", argument)
   assert process.returncode == 1
-  assert process.stderr.startswith("error: --contenders=theirs") and process.stderr.count("\n") == 1
+  assert process.stderr.startswith(f"error: {said}") and process.stderr.count("\n") == 1

@@ -25,7 +25,7 @@ CLUSTER = forecast.Cluster(
 
 def make_step(**values):
   defaults = {"seconds": 0.3, "backward_seconds": 0.2, "images": 32, "layers": [(B, 0.25)] * 4}
-  return forecast.Step(**{**defaults, "jitter": 0, "overlap": True, "bytes_per_pack": 0, **values})
+  return forecast.Step(**{**defaults, "jitter": 0, "overlap": True, "bytes_per_pack": 1, **values})
 
 
 def cluster(**values):
@@ -113,6 +113,7 @@ def test_what_backprop_hides():
   assert make_step(bytes_per_pack=2.5 * B).exposed(quick, gpus) == CLOSE(packs[0])
   assert make_step(bytes_per_pack=2.5 * B).exposed(slow, gpus) == CLOSE(0.15 + packs[1] - 0.2)
   whole = quick.allreduce(4 * B, gpus)
+  assert make_step(bytes_per_pack=0).exposed(quick, gpus) == CLOSE(whole)
   assert make_step(overlap=False).exposed(quick, gpus) == CLOSE(whole)
   # The last layer is ready first; unequal ones tell the order.
   uneven = make_step(layers=[(1e3, 0.9), (B, 0.1)])
@@ -191,7 +192,7 @@ def measured_files(tmp_path, **changes):
   """A replica of two workers of 16 images; a ring of 1 ms and 100 MB/s between two tasks."""
   step = {"network": "resnet20", "image_size": 32, "per_worker_batch_size": 16, "workers": 2}
   step |= {"dtype": "float32", "gradient_bytes": 1e6, "step_seconds": 0.4}
-  step |= {"step_seconds_each": [0.4, 0.4, 0.4], **changes}
+  step |= {"step_seconds_each": [0.4, 0.4, 0.4], "steps": 1, "passes": 2, "tasks": 1, **changes}
   points = [{"bytes": b, "seconds": 2e-3 + b / 1e8} for b in (1e3, 1e6, 1e7)]
   link = {"communication": "ring", "tasks": 2, "replicas": 2, "points": points}
   for name, value in (("step", step), ("link", link)):
@@ -210,7 +211,8 @@ def test_tasks_on_this_machine(tmp_path):
   assert rows[1]["images_per_second"] == pytest.approx(8 * 16 / expected[1], rel=1e-9)
 
   flags = ("--tasks=2,4", "--cores=2", "--workers=8", "--step_jitter=0.1")
-  link = {"points": [{"bytes": b, "seconds": b / 1e6} for b in (1e3, 1e6)], "replicas": 4}
+  link = {"points": [{"bytes": b, "seconds": b / 1e6} for b in (1e3, 1e6)]}
+  link |= {"replicas": 4, "tasks": 4}
   (tmp_path / "four.json").write_text(json.dumps(link))
   step, two = measured_files(tmp_path)
   first, second = run(step, f"{two},{tmp_path}/four.json", *flags)["rows"]
@@ -241,12 +243,17 @@ def test_from_measured_files(tmp_path):
   found = run(*measured_files(tmp_path, step_seconds=4, gradient_bytes=1e8), *flags)
   expected = 1.5 * 1e8 * 8 / (0.04 - 0.006) / 1e9
   assert found["network_gigabits_needed_there"] == pytest.approx(expected, rel=1e-9)
-  # Of the two workers' passes only the last one's backprop hides anything.
-  found = run(*measured_files(tmp_path), *flags, "--overlap=backprop")
+  # Of two passes only the last one's backprop hides anything, and both workers may go in one.
   link = cluster(gpus_per_server=1, network_latency=1e-3, network_bandwidth=1e8)
   layers = forecast.gradient_layers("resnet20", 32, 1e6)
-  exposed = make_step(layers=layers, backward_seconds=0.4 / 2 * 2 / 3).exposed(link, 4)
-  assert found["rows"][1]["exposed_seconds"] == pytest.approx(exposed, rel=1e-9)
+  for passes in (1, 2):
+    files = measured_files(tmp_path, passes=passes)
+    found = run(*files, *flags, "--overlap=backprop", "--bytes_per_pack=1")
+    exposed = make_step(layers=layers, backward_seconds=0.4 / passes * 2 / 3).exposed(link, 4)
+    assert found["rows"][1]["exposed_seconds"] == pytest.approx(exposed, rel=1e-9)
+  # Means of 25 steps scatter by a fifth of what one does.
+  found = run(*measured_files(tmp_path, step_seconds_each=each, steps=25), *flags)
+  assert found["step_jitter"] == pytest.approx(5 * jitter, rel=1e-9)
 
 
 def test_paper_is_the_same_model(tmp_path):
@@ -257,9 +264,9 @@ def test_paper_is_the_same_model(tmp_path):
   inputs += ["--gpus=8,256,352"]
   fitted = next(what for what in rows if "fitted to" in what).split(":")[0]
   kinds = {
-    "nothing fitted": ["--overlap=backprop"],
+    "nothing fitted": ["--overlap=backprop", "--bytes_per_pack=1"],
     "nothing fitted, nothing hidden": [],
-    fitted: ["--overlap=backprop", f"--step_jitter={fitted.split()[2]}"],
+    fitted: ["--overlap=backprop", "--bytes_per_pack=1", f"--step_jitter={fitted.split()[2]}"],
   }
   for kind, flags in kinds.items():
     _, at_256, at_352 = run(*inputs, *flags)["rows"]
@@ -282,7 +289,10 @@ def test_paper_is_the_same_model(tmp_path):
   "flags, last",
   [
     (["--gpus=8,256"], "exposed at 8 GPUs first; no network, however fast, would hide it there."),
-    (["--gpus=8,16", "--overlap=backprop"], "Nowhere is over 1 % of a step exposed."),
+    (
+      ["--gpus=8,16", "--overlap=backprop", "--bytes_per_pack=1"],
+      "Nowhere is over 1 % of a step exposed.",
+    ),
     # A ring of 2 with no latency: 100 MB each way in 1 % of a step.
     (
       ["--gpus=1,2", "--gpus_per_server=1", "--network_latency=0", "--network_overhead=1"],
@@ -326,16 +336,24 @@ def test_refused_in_one_line(arguments, expected):
   assert finished.stderr.count("\n") == 1 and not finished.stdout
 
 
+def test_a_step_of_several_tasks_is_refused(tmp_path):
+  """Its all-reduce would count twice, and each GPU for all of them."""
+  finished = run_module("tools.forecast", *measured_files(tmp_path, tasks=2))
+  assert finished.returncode == 1
+  assert "holds the step of 2 tasks" in finished.stderr and finished.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
   "name, text, expected",
   [
     ("step", "{", "step.json cannot be read as JSON"),
     ("step", "[]", "must hold a JSON object"),
     ("step", '{"step_seconds_each": [1], "image_size": 8.5}', "image_size=8.5 is refused"),
-    ("link", '{"points": [{}], "replicas": 2}', "bytes=None is refused"),
-    ("link", '{"points": [{"bytes": 8, "seconds": NaN}], "replicas": 2}', "seconds=nan is"),
-    ("link", '{"points": [], "replicas": 2}', "must have points of at least two"),
-    ("link", '{"points": [], "replicas": 1}', "take two or more"),
+    ("link", '{"points": [{}], "replicas": 2, "tasks": 2}', "bytes=None is refused"),
+    ("link", '{"points": [{"bytes": 8, "seconds": NaN}], "replicas": 2, "tasks": 2}', "=nan is"),
+    ("link", '{"points": [], "replicas": 2, "tasks": 2}', "must have points of at least two"),
+    ("link", '{"points": [], "replicas": 1, "tasks": 1}', "take two or more"),
+    ("link", '{"points": [], "replicas": 16, "tasks": 2}', "one replica a task"),
     ("link", '{"points": 5, "replicas": 2}', "with a list 'points'"),
   ],
 )

@@ -16,8 +16,9 @@ the step's: the network's gradients, moving statistics and three scalars, as `st
   a pack has one dtype. Casting and packing are timed too.
 by class: the step's tensors of like size, each class reduced alone in one pack.
 verdict: on the first of the step's reductions, with --step_seconds: the seconds of a step without
-  communication (one replica alone with its share of the workers). One pack waits for all gradients;
-  only of several can the first go while backprop goes on.
+  communication (one replica alone with its share of the workers), and --passes: in how many passes
+  it takes them, of which only the last one's backprop can hide anything. One pack waits for all
+  gradients; only of several can the first go while backprop goes on.
 """
 
 import contextlib
@@ -42,6 +43,7 @@ from tf_largebatch.cluster import Cluster, describe, make_strategy, read_cluster
 from tf_largebatch.errors import InterruptedRunError, UserError
 from tf_largebatch.preemption import end_process
 from tf_largebatch.recipe import NETWORKS
+from tools.forecast import usual_classes
 
 _WARM_UP = 2  # Calls after the first, which is checked.
 _CLASSES = (2**10, 2**14, 2**18, 2**22)  # Upper bounds in bytes; the last class has none.
@@ -55,13 +57,16 @@ def define_flags():
   flags.DEFINE_list("sizes", [str(4**i) for i in range(5, 15)], "Bytes of a message.")
   flags.DEFINE_integer("turns", 5, "Timed calls of each.", lower_bound=1)
   flags.DEFINE_enum("network", "resnet50", NETWORKS, "As in the recipe.")
-  flags.DEFINE_integer("num_classes", 1000, "Width of the logits.", lower_bound=1)
+  flags.DEFINE_integer(
+    "num_classes", None, "Width of the logits; left out: ImageNet's or CIFAR-10's.", lower_bound=1
+  )
   packs = [str(size) for size in (0, 2**22, 2**24, 2**26)]
   flags.DEFINE_list("bytes_per_pack", packs, "Least bytes of a collective; 0: all in one.")
   flags.DEFINE_multi_enum("wire", list(_WIRES), _WIRES, "What gradients are sent as.")
   flags.DEFINE_float(
     "step_seconds", 0.0, "Of a step without communication; 0: no verdict.", lower_bound=0
   )
+  flags.DEFINE_integer("passes", 1, "Of a replica's workers in that step.", lower_bound=1)
   flags.DEFINE_string("json", "", "File for what was measured, written by the chief.")
   flags.DEFINE_enum("communication", "auto", ["auto", "nccl", "ring"], "As in a training run.")
   flags.DEFINE_float("cluster_timeout_minutes", 10.0, "For all tasks to come up.", lower_bound=0)
@@ -72,10 +77,10 @@ def bus_bytes_per_second(size: int, replicas: int, seconds: float) -> float:
   return 2 * (replicas - 1) / replicas * size / seconds
 
 
-def judge(seconds: float, step_seconds: float) -> dict:
-  """What a reduction costs beside a step's computation, both in seconds."""
+def judge(seconds: float, step_seconds: float, passes: int) -> dict:
+  """What a reduction costs beside a step's computation of so many passes, both in seconds."""
   share = seconds / (step_seconds + seconds)
-  return {"share_of_step": share, "can_hide": seconds <= _BACKPROP * step_seconds}
+  return {"share_of_step": share, "can_hide": seconds <= _BACKPROP * step_seconds / passes}
 
 
 def _pattern(shape) -> np.ndarray:
@@ -233,7 +238,8 @@ def measure(cluster: Cluster, values: flags.FlagValues, lists: dict) -> dict | N
   if replicas == 1:
     say("1 replica: there is nothing to reduce, and nothing was measured.")
     return None
-  facts = (lists, values.turns, values.network, values.num_classes)
+  num_classes = values.num_classes or usual_classes(values.network)
+  facts = (lists, values.turns, values.network, num_classes)
   digest = tf.constant(zlib.crc32(repr(facts).encode()), tf.float64)
   total = _make_reduce(strategy)([digest], [])[0]
   if float(strategy.experimental_local_results(total)[0]) != replicas * float(digest):
@@ -249,7 +255,7 @@ def measure(cluster: Cluster, values: flags.FlagValues, lists: dict) -> dict | N
     points.append({"bytes": size, **timed, "bus_bytes_per_second": bandwidth})
     row(size, timed, f"{bandwidth / 1e6:.1f}")
 
-  gradients, others = _shapes(values.network, values.num_classes)
+  gradients, others = _shapes(values.network, num_classes)
   network = {"name": values.network, "step_seconds": step_seconds, "reductions": [], "classes": []}
   for name, shapes in (("gradients", gradients), ("others", others)):
     network[name] = {"tensors": len(shapes), "bytes": _bytes(shapes)}
@@ -257,7 +263,7 @@ def measure(cluster: Cluster, values: flags.FlagValues, lists: dict) -> dict | N
   row("wire, bytes per pack", None, "of a step" if step_seconds else "")
   for wire, pack in itertools.product(lists["wire"], lists["bytes_per_pack"]):
     timed = _time(strategy, gradients, others, values.turns, pack, wire)
-    verdict = judge(timed["seconds"], step_seconds) if step_seconds else {}
+    verdict = judge(timed["seconds"], step_seconds, values.passes) if step_seconds else {}
     network["reductions"].append({"wire": wire, "bytes_per_pack": pack, **timed, **verdict})
     row(f"{wire}, {pack}", timed, f"{100 * verdict['share_of_step']:.2f} %" if verdict else "")
   if "bfloat16" in lists["wire"]:
@@ -280,11 +286,13 @@ def measure(cluster: Cluster, values: flags.FlagValues, lists: dict) -> dict | N
     answer = "no"
     if first["can_hide"]:
       answer = "yes" if first["collectives"] > 1 else "yes, but only in several packs"
+    behind = "the last pass' backprop" if values.passes > 1 else "backprop"
+    hiding = _BACKPROP * step_seconds / values.passes
     network["verdict"] = (
       f"Communication ({first['wire']}, {first['bytes_per_pack']} bytes per pack) costs"
       f" {100 * first['share_of_step']:.3g} % of the step at this recipe if nothing is hidden:"
       f" {first['seconds']:.3g} s beside {step_seconds:.3g} s of computation. It can hide behind"
-      f" backprop (2/3 of the computation): {answer}."
+      f" {behind} (2/3 of a pass, {hiding:.3g} s): {answer}."
     )
     say(f"\n{network['verdict']}")
   with contextlib.suppress(tf.errors.OpError):

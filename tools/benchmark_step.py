@@ -4,8 +4,9 @@ r"""How fast a training step is, beside Keras and PyTorch, and how near to what 
     --image_size=224 --dtype=float32 --turns=5 --json=step.json
 
 Every field of the recipe is a flag, and a flagfile of the trainer's will do. The contenders run in
-turns, each in a process of its own that waits while another one works, on the same random images;
-a turn is a step that is not timed and then those that are:
+turns, each in a process of its own that waits while another one works, on the same random images,
+on the first GPU alone where there are several; a turn is a step that is not timed and then those
+that are:
 
   ours            the compiled step of `step.make_train_step`, as the trainer calls it
   loop            the trainer's own loop around it, with its metrics, input from memory; compared
@@ -21,7 +22,7 @@ A contender takes options of its own, `ours:workers=8:tasks=2`: fields of the re
 workers_per_pass, jit_compile, allreduce_dtype and bytes_per_pack, variables of the environment
 (TF_ENABLE_ONEDNN_OPTS=0), cores, the machine's first so many, and for ours tasks, which share the
 cores evenly between them. Those that are not ours take the step's kn images of k workers in k
-passes with gradients added up, as one would there.
+passes with gradients added up, as one would there (fit: in k updates).
 
 FLOPs are those of convolutions and dense layers, 2 a multiply-add, and backprop twice the forward
 pass (less the first layer's gradient of its input). A contender's ceiling is a large matrix product
@@ -55,11 +56,11 @@ from absl import app, flags
 from tf_largebatch import train
 from tf_largebatch.errors import UserError, first_line
 from tf_largebatch.recipe import Recipe
+from tools.forecast import usual_classes
 from tools.launch_local import free_addresses
 
 _KINDS = ("ours", "loop", "keras", "fit", "torch", "torch_compiled")
 _STEP_OPTIONS = ("workers_per_pass", "jit_compile", "allreduce_dtype", "bytes_per_pack")
-_CLASSES = 1000
 _OPERATIONS = 12  # That the table tells; the JSON has all.
 _START_SECONDS = 1200  # Compiling for a GPU takes minutes.
 _PRODUCT_SIDE = {"cpu": 2048, "gpu": 8192}
@@ -106,8 +107,9 @@ def parse_contender(text: str, recipe: dict, step_options: dict) -> Contender:
       value = json.loads(value)
     if name in own:
       own[name] = value
-      if type(value) is not int or value < 1:
-        raise UserError(f"--contenders={text}: {setting!r} must be a whole number from 1.")
+      most = len(os.sched_getaffinity(0)) if name == "cores" else 1000
+      if type(value) is not int or not 1 <= value <= most:
+        raise UserError(f"--contenders={text}: {setting!r} must be a whole number, 1 to {most}.")
     elif name in _STEP_OPTIONS:
       step_options[name] = value
     elif name in recipe:
@@ -119,6 +121,8 @@ def parse_contender(text: str, recipe: dict, step_options: dict) -> Contender:
     raise UserError(f"--contenders={text}: tasks={own['tasks']} must divide the workers.")
   if kind.startswith("torch") and recipe["network"] != "resnet50":
     raise UserError(f"--contenders={text}: of PyTorch's networks only resnet50 is here.")
+  if recipe["dtype"] == "float64" and kind not in ("ours", "loop"):
+    raise UserError(f"--contenders={text}: dtype=float64 is for ours and loop alone.")
   if own["tasks"] > 1 and kind != "ours":
     raise UserError(f"--contenders={text}: several tasks are for ours alone.")
   return Contender(text, kind, recipe, step_options, environment, **own)
@@ -133,7 +137,7 @@ def _source(recipe: Recipe, size: int):
   rng = np.random.default_rng(0)
   side, channels = recipe.image_size, len(recipe.channel_mean)
   images = rng.integers(0, 256, (size, side, side, channels), dtype=np.uint8)
-  return images, rng.integers(0, _CLASSES, size, dtype=np.int32)
+  return images, rng.integers(0, usual_classes(recipe.network), size, dtype=np.int32)
 
 
 def make_ours(contender: Contender, cluster) -> Callable[[int], float]:
@@ -147,7 +151,7 @@ def make_ours(contender: Contender, cluster) -> Callable[[int], float]:
   recipe, options = Recipe(**contender.recipe), step.StepOptions(**contender.step_options)
   replicas = strategy.num_replicas_in_sync
   with strategy.scope():
-    model = training.build_model(recipe, _CLASSES)
+    model = training.build_model(recipe, usual_classes(recipe.network))
     optimizer = training.build_optimizer(recipe, 1_281_167, options.jit)
     optimizer.build(model.trainable_variables)
     loss_scale = LossScale() if recipe.dtype == "float16" else None
@@ -168,9 +172,10 @@ def make_ours(contender: Contender, cluster) -> Callable[[int], float]:
   def bare(steps: int) -> float:
     return [float(train_step(batch, stop)["loss"]) for _ in range(steps)][-1]
 
-  if contender.kind == "loop":
-    return _make_loop(model, optimizer, recipe, train_step, batch, bare)
-  return bare
+  loop = contender.kind == "loop"
+  steps = _make_loop(model, optimizer, recipe, train_step, batch, bare) if loop else bare
+  steps.passes = shape[0] // options.workers_per_pass
+  return steps
 
 
 def _make_loop(model, optimizer, recipe, train_step, batch, bare):
@@ -219,7 +224,7 @@ def _make_keras(contender: Contender):
   model = resnet.build(
     recipe.network,
     input_shape=(recipe.image_size, recipe.image_size, len(recipe.channel_mean)),
-    num_classes=_CLASSES,
+    num_classes=usual_classes(recipe.network),
     normalization=functools.partial(
       keras.layers.BatchNormalization,
       momentum=recipe.batch_norm_momentum,
@@ -343,7 +348,7 @@ def _torch_resnet50(nn):
       filters = 64 * 2**stage
       layers.append(Bottleneck(inputs, filters, 2 if stage and not block else 1))
       inputs = 4 * filters
-  head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, _CLASSES)]
+  head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, usual_classes("resnet50"))]
   return nn.Sequential(*layers, *head)
 
 
@@ -374,7 +379,7 @@ def make_product(contender: Contender, cluster) -> Callable[[int], float]:
 def ceiling_of(contender: Contender) -> Contender:
   """What it is held against: the product in its dtype on its cores."""
   dtype, cores = contender.recipe["dtype"], contender.cores
-  name = f"a matrix product, {dtype}, {cores} cores"
+  name = f"a matrix product, {dtype}, by {cores} cores or a GPU"
   return Contender(name, "product", contender.recipe, {}, {}, cores=cores)
 
 
@@ -390,7 +395,7 @@ def count_work(recipe: Recipe) -> dict[str, int]:
   from tf_largebatch import training
 
   forward, first = 0, None
-  model = training.build_model(recipe, _CLASSES, "export")
+  model = training.build_model(recipe, usual_classes(recipe.network), "export")
   for layer in model.layers:
     if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
       positions = 1
@@ -433,7 +438,7 @@ def work():
     take_steps = _MAKERS[contender.kind](contender, read_cluster())
     take_steps(1)
     take_steps(1)
-    report = {"ready": True}
+    report = {"passes": getattr(take_steps, "passes", contender.recipe["workers"])}
   except (UserError, ImportError) as error:
     report = {"error": first_line(error)}
   _say(report)
@@ -538,6 +543,7 @@ class Processes:
           env={
             **os.environ,
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
             "TMPDIR": scratch,
             **contender.environment,
           },
@@ -572,10 +578,10 @@ class Processes:
     print(self._log.read_text(errors="replace")[-4000:], file=sys.stderr)
     raise UserError(f"{self.contender.name} failed with status {process.wait()}.")
 
-  def wait_until_ready(self):
-    """Returns when all tasks have compiled and warmed up."""
-    for process in self._processes:
-      self._hear(process)
+  def ready(self) -> dict:
+    """Waits until all tasks have compiled and warmed up; the first one's report."""
+    reports = [self._hear(process) for process in self._processes]
+    return reports[0]
 
   def take(self, steps: int) -> dict:
     """The first task's report of so many steps; memory is all tasks'."""
@@ -618,8 +624,7 @@ def run_in_turns(contenders: list[Contender], turns: int, steps: int, profile: b
       processes = Processes(contender, scratch)
       held.callback(processes.end)
       try:  # One after another, for compiling keeps all cores busy.
-        processes.wait_until_ready()
-        results[contender.name] = {"turns": []}
+        results[contender.name] = {"ready": processes.ready(), "turns": []}
         running.append(processes)
       except UserError as error:
         if contender.kind == "product":
@@ -647,7 +652,7 @@ def summarize(contenders: list[Contender], results: dict, steps: int, work: dict
 
   Args:
     contenders, results, steps: those of `run_in_turns`.
-    work: each contender's `count_work`, by name.
+    work: `count_work` of each that was measured, by name.
   """
   rows, ceilings = {}, {}
   for name in dict.fromkeys(ceiling_of(contender).name for contender in contenders):
@@ -669,11 +674,13 @@ def summarize(contenders: list[Contender], results: dict, steps: int, work: dict
       "image_size": recipe.image_size,
       "per_worker_batch_size": recipe.per_worker_batch_size,
       "workers": recipe.workers,
+      "passes": found["ready"]["passes"],
       "tasks": contender.tasks,
       "cores": contender.cores,
       "dtype": recipe.dtype,
       "step_options": contender.step_options,
       "gradient_bytes": 4 * work[contender.name]["parameters"],
+      "steps": steps,
       "step_seconds": seconds,
       "step_seconds_each": each,
       "images_per_second": images / seconds,
@@ -733,9 +740,13 @@ def to_table(summary: dict) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-  del argv
   values = flags.FLAGS
   try:
+    if argv[1:]:
+      raise UserError(f"Unexpected argument {argv[1]!r}; every option is a flag, --name=value.")
+    path = pathlib.Path(values.json).expanduser() if values.json else None
+    if path and not path.parent.is_dir():
+      raise UserError(f"--json={values.json}: there is no such directory; make it first.")
     recipe = train.recipe_from_flags().to_dict()
     recipe["workers"] = recipe["workers"] or 1
     recipe["image_size"] = recipe["image_size"] or 224
@@ -754,17 +765,18 @@ def main(argv: list[str]) -> int:
   import tensorflow as tf
 
   tf.config.set_visible_devices([], "GPU")
-  work = {contender.name: count_work(Recipe(**contender.recipe)) for contender in contenders}
+  measured = [contender for contender in contenders if contender.name in results]
+  work = {contender.name: count_work(Recipe(**contender.recipe)) for contender in measured}
   summary = summarize(contenders, results, values.steps, work)
   print("\n".join(to_table(summary)))
-  if values.json:
+  if path:
     packages = ("tensorflow", "keras", "torch", "numpy")
     summary["versions"] = {"python": platform.python_version()}
     for package in packages:
       with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         summary["versions"][package] = importlib.metadata.version(package)
     summary["hardware"] = {"machine": platform.processor(), "cores": len(os.sched_getaffinity(0))}
-    pathlib.Path(values.json).write_text(json.dumps(summary, indent=2))
+    path.write_text(json.dumps(summary, indent=2))
   return 0
 
 

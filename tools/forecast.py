@@ -54,7 +54,9 @@ def define_flags():
   flags.DEFINE_integer("images_per_gpu", 32, "n, without --measured.")
   # Nothing, as where XLA compiles the passes, or the last worker's backprop.
   flags.DEFINE_enum("overlap", "none", ["none", "backprop"], "What hides communication.")
-  flags.DEFINE_float("bytes_per_pack", 0, "Gradients sent together, where hidden; 0: by layer.")
+  flags.DEFINE_float(
+    "bytes_per_pack", 2**24, "Least bytes of gradients sent together, where hidden; 0: all in one."
+  )
   flags.DEFINE_integer("gpus_per_server", 8, "GPUs that share a network card.")
   flags.DEFINE_float("server_bandwidth", 20e9, "Of a GPU within its server, bytes/s.")
   flags.DEFINE_float("server_latency", 1e-5, "Of a message within a server, seconds.")
@@ -154,7 +156,7 @@ class Step:
       pass.
     jitter: coefficient of variation of a server's steps.
     overlap: whether backprop hides communication.
-    bytes_per_pack: gradients that are sent together where it does.
+    bytes_per_pack: the least bytes that are sent together where it does; 0: all.
   """
 
   seconds: float
@@ -177,7 +179,7 @@ class Step:
     for size, share in reversed(self.layers):
       clock += share * self.backward_seconds
       pack += size
-      if pack >= self.bytes_per_pack:
+      if self.bytes_per_pack and pack >= self.bytes_per_pack:
         done, pack = max(done, clock) + cluster.allreduce(pack, gpus), 0.0
     if pack:
       done = max(done, clock) + cluster.allreduce(pack, gpus)
@@ -201,11 +203,16 @@ def expected_maximum(count: int) -> float:
   return sum(x * count * normal.pdf(x) * normal.cdf(x) ** (count - 1) for x in grid) / 64
 
 
+def usual_classes(network: str) -> int:
+  """Of the data that the network was made for: ImageNet's, else CIFAR-10's."""
+  return 1000 if network in _BOTTLENECKS else 10
+
+
 def network_layers(network: str, image_size: int) -> list[tuple[int, int]]:
   """(trainable parameters, multiplications for an image) of each layer, first to last.
 
   A layer is a convolution with its BN, or the dense one. The networks of `tf_largebatch.resnet`,
-  which Keras would take seconds to build, for 1000 classes (10 in the CIFAR ones).
+  which Keras would take seconds to build, for their `usual_classes`.
   """
   found = []
 
@@ -215,7 +222,8 @@ def network_layers(network: str, image_size: int) -> list[tuple[int, int]]:
 
   basic = network in _BASIC_BLOCKS
   stages = (_BASIC_BLOCKS[network],) * 3 if basic else _BOTTLENECKS[network]
-  first, side, classes = (16, image_size, 10) if basic else (64, -(-image_size // 2), 1000)
+  first, side = (16, image_size) if basic else (64, -(-image_size // 2))
+  classes = usual_classes(network)
   channels = first
   convolution(3, first, 3 if basic else 7, side)
   side = side if basic else -(-side // 2)  # The pooling's.
@@ -372,7 +380,7 @@ def compare_with_paper(cluster: Cluster, share: float) -> list[dict]:
     layers=gradient_layers("resnet50", 224, size),
     jitter=0.0,
     overlap=True,
-    bytes_per_pack=0,
+    bytes_per_pack=1,  # A layer's leave as soon as they are there.
   )
   rows = []
 
@@ -440,12 +448,22 @@ def read_json(path: str, whole: tuple[str, ...], numbers: tuple[str, ...], items
 
 
 def read_points(path: str) -> list[tuple[float, float, int]]:
-  """(bytes, seconds, peers) of each all-reduce in a file of tools.benchmark_allreduce."""
-  found = read_json(path, ("replicas",), (), "points")
+  """(bytes, seconds, peers) of each all-reduce in a file of tools.benchmark_allreduce.
+
+  Raises:
+    UserError: it is none, or was measured on several replicas of a task: their ring goes within a
+      machine, too, and says nothing of what is between machines alone.
+  """
+  found = read_json(path, ("replicas", "tasks"), (), "points")
   points = [point if isinstance(point, dict) else {} for point in found["points"]]
   numbers = [[positive(f"{path}: {n}", p.get(n)) for n in ("bytes", "seconds")] for p in points]
   if found["replicas"] == 1:
     raise UserError(f"{path} was measured with one replica, which sends nothing; take two or more.")
+  if found["replicas"] != found["tasks"]:
+    raise UserError(
+      f"{path} was measured with {found['replicas']} replicas in {found['tasks']} tasks, so within "
+      "machines, too; measure with one replica a task (CUDA_VISIBLE_DEVICES=0), a task a server."
+    )
   return [(size, seconds, found["replicas"]) for size, seconds in numbers]
 
 
@@ -453,25 +471,34 @@ def step_of_flags(values) -> tuple[Step, int]:
   """The step, and the workers of its replica."""
   network, image_size, size = values.network, values.image_size, values.gradient_bytes
   workers, images, seconds, jitter = 1, values.images_per_gpu, values.step_seconds, 0.0
+  passes = 1
   if values.measured:
     path = values.measured
-    whole = ("image_size", "per_worker_batch_size", "workers")
+    whole = ("image_size", "per_worker_batch_size", "workers", "passes", "tasks", "steps")
     found = read_json(path, whole, ("gradient_bytes", "step_seconds"), "step_seconds_each")
     network, image_size, size = (found.get(n) for n in ("network", "image_size", "gradient_bytes"))
     if network not in (*_BOTTLENECKS, *_BASIC_BLOCKS):
       raise UserError(f"{path}: network={network!r} is unknown.")
-    workers, seconds = found["workers"], found["step_seconds"]
+    if found["tasks"] > 1:
+      raise UserError(
+        f"{path} holds the step of {found['tasks']} tasks, their all-reduce included; measure one "
+        "task's (the first contender's)."
+      )
+    workers, passes, seconds = found["workers"], found["passes"], found["step_seconds"]
     images = workers * found["per_worker_batch_size"]
     each = [positive(f"{path}: step_seconds_each", x) for x in found["step_seconds_each"]]
     if len(each) > 1:
       # By the width of the middle half, as of a normal: a first, slow step is no jitter.
       low, middle, high = statistics.quantiles(each, n=4, method="inclusive")
       jitter = (high - low) / (2 * statistics.NormalDist().inv_cdf(0.75)) / middle
+      jitter *= math.sqrt(
+        found["steps"]
+      )  # Each is the mean of so many steps, taken as independent.
   if seconds is None:
     raise UserError("Give --measured=FILE or --step_seconds=SECONDS (or --paper).")
   step = Step(
     seconds=seconds,
-    backward_seconds=values.backward_share * seconds / workers,
+    backward_seconds=values.backward_share * seconds / passes,
     images=images,
     layers=gradient_layers(network, image_size, size),
     jitter=jitter if values.step_jitter is None else values.step_jitter,

@@ -33,19 +33,22 @@ from absl import app, flags
 from tf_largebatch.errors import UserError
 from tf_largebatch.preemption import next_signal
 
-_TASKS = flags.DEFINE_integer("tasks", 2, "Number of tasks to start.")
-_MODULE = flags.DEFINE_string("module", "tf_largebatch.train", "Module that each task runs.")
-_MAX_RESTARTS = flags.DEFINE_integer(
-  "max_restarts", 0, "Times that all tasks are started again after one failed.", lower_bound=0
-)
-_GRACE_SECONDS = flags.DEFINE_float(
-  "grace_seconds", 30.0, "Seconds from SIGTERM, on which a task saves, to SIGKILL.", lower_bound=0
-)
-
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NEED_THE_USER = (1, 2)  # Statuses of a mistake that the next start would make again.
 _LONGEST_PAUSE_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1  # From <sys/prctl.h>.
+
+
+def define_flags():
+  """Not at the module's top, so that it can be imported beside other programs."""
+  flags.DEFINE_integer("tasks", 2, "Number of tasks to start.")
+  flags.DEFINE_string("module", "tf_largebatch.train", "Module that each task runs.")
+  flags.DEFINE_integer(
+    "max_restarts", 0, "Times that all tasks are started again after one failed.", lower_bound=0
+  )
+  flags.DEFINE_float(
+    "grace_seconds", 30.0, "Seconds from SIGTERM, on which a task saves, to SIGKILL.", lower_bound=0
+  )
 
 
 def free_addresses(count: int) -> list[str]:
@@ -148,7 +151,7 @@ def _end(tasks: list[subprocess.Popen], number: int) -> None:
   A signal that comes meanwhile is passed on too: asked twice, a trainer ends at once.
   """
   _signal(tasks, number)
-  deadline = time.monotonic() + _GRACE_SECONDS.value
+  deadline = time.monotonic() + flags.FLAGS.grace_seconds
   while time.monotonic() < deadline and not all(_ended(task) for task in tasks):
     again = next_signal(_STOP_SIGNALS, 0.05)
     if again:
@@ -204,14 +207,13 @@ def _launch(num_tasks: int, module: str, arguments: list[str]) -> int:
 
   # Blocked from here on and fetched by `_wait`, so that no handler breaks into `_end`.
   signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+  max_restarts = flags.FLAGS.max_restarts
   for restart in itertools.count():
     status, stopped = _run_once(num_tasks, module, arguments)
-    if stopped or not status or status in _NEED_THE_USER or restart == _MAX_RESTARTS.value:
+    if stopped or not status or status in _NEED_THE_USER or restart == max_restarts:
       return status
     pause = min(2.0**restart, _LONGEST_PAUSE_SECONDS)
-    print(
-      f"Restart {restart + 1} of {_MAX_RESTARTS.value} in {pause:g} s.", file=sys.stderr, flush=True
-    )
+    print(f"Restart {restart + 1} of {max_restarts} in {pause:g} s.", file=sys.stderr, flush=True)
     stop = next_signal(_STOP_SIGNALS, pause)
     if stop:
       return 128 + stop
@@ -219,11 +221,12 @@ def _launch(num_tasks: int, module: str, arguments: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
   try:
-    return _launch(_TASKS.value, _MODULE.value, argv[1:])
+    return _launch(flags.FLAGS.tasks, flags.FLAGS.module, argv[1:])
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main)
