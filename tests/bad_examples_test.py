@@ -231,7 +231,7 @@ def test_a_shard_that_vanishes_during_the_run_ends_it_even_under_skip(tmp_path, 
   source = shards.open()
   os.remove(shards.paths[1])
   with pytest.raises(UserError, match=f"{shards.paths[1]}.*No such file"):
-    training._next(iter_of(source, told), "train", source, range(EXAMPLES))
+    training._next(iter_of(source, told), RECIPE, "train", source, range(EXAMPLES), bool(told))
 
 
 def iter_of(source, told):
@@ -247,13 +247,15 @@ def test_a_shard_that_changes_after_it_was_indexed(tmp_path):
   again = other.open(index_dir)
   assert [x for part in again._offsets for x in part[:-1]] == other.offsets != shards.offsets
   with pytest.raises(UserError, match=f"offset {shards.offsets[11]} of {shards.paths[1]}"):
-    training._next(iter_of(source, None), "train", source, range(EXAMPLES))
+    training._next(iter_of(source, None), RECIPE, "train", source, range(EXAMPLES), False)
 
 
 def test_nine_bad_examples_in_a_row_are_no_accident(tmp_path):
   source = Shards(str(tmp_path), dict.fromkeys(range(7, 16), b"")).open()
-  with pytest.raises(UserError, match="example 7 "):
-    training._next(iter_of(source, lambda index: None), "train", source, range(EXAMPLES))
+  with pytest.raises(UserError, match=r"example 7 .* too many examples behind it") as error:
+    batches = iter_of(source, lambda index: None)
+    training._next(batches, RECIPE, "train", source, range(EXAMPLES), True)
+  assert "--bad_examples" not in str(error.value)  # That is what does not help.
 
 
 # ImageNet as it is: an encoded image → its grey level.
@@ -307,11 +309,26 @@ def test_exif_does_not_turn_an_image(tmp_path):
   np.testing.assert_allclose(image[5:], 0, atol=3)
 
 
+def test_a_fault_is_of_what_the_pipeline_decodes(tmp_path):
+  """Else a restart would seem to help: no CMYK image becomes a grey one."""
+  cmyk = make_record(encode(30, mode="CMYK"), 3)
+  source = Shards(str(tmp_path), {3: cmyk}).open()
+  grey = dataclasses.replace(RECIPE, channel_mean=(0.0,), channel_std=(1.0,))
+  assert sources.fault(source, 3) is None
+  with pytest.raises(UserError, match=r"example 3 .*Prepare the data again"):
+    batches = (train_batches(grey, source) for _ in range(1))
+    training._next(batches, grey, "train", source, range(EXAMPLES), False)
+  bad = BadExamples(str(tmp_path), 0, 1)
+  bad.tell("train", source, 3)
+  bad.write()
+  assert "failed once" not in (tmp_path / "bad_examples.jsonl").read_text()
+
+
 def test_what_is_told_is_listed_once_with_its_fault(tmp_path, faulty, caplog):
   source = faulty.open()
-  work_dir = tmp_path / "run"
+  work_dir = tmp_path / "run[1]"  # No pattern, but a name.
   work_dir.mkdir()
-  bad = BadExamples(str(work_dir), 0)
+  bad = BadExamples(str(work_dir), 0, 3)
   assert bad.write() == 0
   assert not list(work_dir.iterdir())
   for _ in range(2):
@@ -323,13 +340,13 @@ def test_what_is_told_is_listed_once_with_its_fault(tmp_path, faulty, caplog):
   assert line["fault"] == sources.fault(source, 10)
   assert "example 10 " in caplog.text
   # Another task, which came upon it too and upon another.
-  other = BadExamples(str(work_dir), 1)
+  other = BadExamples(str(work_dir), 1, 3)
   other.tell("train", source, 10)
   other.tell("validation", source, 3)
   assert other.write() == 2
   assert "failed once" in (work_dir / "bad_examples.1.jsonl").read_text()
   # The run goes on.
-  bad = BadExamples(str(work_dir), 0)
+  bad = BadExamples(str(work_dir), 0, 3)
   bad.tell("train", source, 10)
   assert bad.write() == 2
   assert len((work_dir / "bad_examples.jsonl").read_text().splitlines()) == 1
@@ -339,7 +356,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line(tmp_path, faulty, caplog,
   source = faulty.open()
   work_dir = tmp_path / "run"
   work_dir.mkdir()
-  bad = BadExamples(str(work_dir), 0)
+  bad = BadExamples(str(work_dir), 0, 3)
   bad.tell("train", source, 10)
 
   def refuse(path, text):
@@ -362,7 +379,7 @@ def test_data_that_were_out_of_reach_for_a_moment(tmp_path):
 
   source = Shards(str(tmp_path)).open()
   with pytest.raises(InterruptedRunError, match=r"Connection reset.*all .* read well now") as error:
-    training._next(fail(), "train", source, range(EXAMPLES))
+    training._next(fail(), RECIPE, "train", source, range(EXAMPLES), False)
   assert error.value.status == 138
 
 

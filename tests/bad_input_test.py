@@ -467,6 +467,13 @@ DATA = {
   "a slice not closed": (None, ["--train_split=train[:5"], "'train[:5'"),
   "a slice of words": (None, ["--train_split=train[a:b]"], "'train[a:b]'"),
   "a slice backwards": (None, ["--train_split=train[9:5]"], "train[9:5]"),
+  "a slice backwards by one": (None, ["--train_split=train[9:8]"], "train[9:8]"),
+  "a slice backwards behind another": (
+    None,
+    ["--train_split=train[:9]+train[8:5]"],
+    "train[:9]+train[8:5]",
+  ),
+  "a slice of all": (None, ["--train_split=all[:5]"], "'all[:5]'"),
   "a slice of 200 %": (None, ["--train_split=train[:200%]"], "train[:200%]"),
   "a slice of nothing": (None, ["--validation_split=test[:0]"], "test[:0]"),
   "a split of 10 kB": (None, [f"--validation_split={_LONG}"], "xxx"),
@@ -557,7 +564,7 @@ def test_a_damaged_metrics_file_does_not_end_a_run(run_dir, caplog):
 
 
 def test_a_checkpoint_past_the_end(run_dir, capfd):
-  """Of a data set that has shrunk since."""
+  """Of another run, put there by hand."""
   recipe = training.resolve(recipe_of(*_SMALL), 1, "")
   model = training.build_model(recipe, 1000)
   optimizer = training.build_optimizer(recipe, 40)
@@ -699,7 +706,7 @@ def test_any_work_directory_is_a_run_or_refused(whole_run, data, name):
     for workers in (None, 2):
       given = dataclasses.replace(recipe, workers=workers)
       one_line(training._with_workers_of_the_run, given, str(directory))
-    result = one_line(training.find_run, str(directory), recipe)
+    result = one_line(training.find_run, str(directory), recipe, {"name": "synthetic"})
     assert result is None or result["status"] == "complete"
     assert contents(directory) == before
 
@@ -715,7 +722,7 @@ def test_any_list_of_records_is_read_or_refused(whole_run, data, name):
     before = contents(directory)
     for record in read_metrics(str(directory)):
       assert record["step"] + 1 and record["epoch"] + 1 and record["error"] + 1
-    one_line(BadExamples, str(directory), 0)
+    one_line(BadExamples, str(directory), 0, 3)
     assert contents(directory) == before
 
 

@@ -264,6 +264,14 @@ def test_a_photograph_that_cannot_be_read_leaves_no_tar(photographs, tmp_path):
   assert not os.listdir(tmp_path / "downloads" / "manual")
 
 
+def test_a_picture_of_too_many_pixels_is_passed_over(photographs, tmp_path, monkeypatch):
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Twice as many are an error to Pillow.
+  with pytest.raises(UserError, match="There is no image in the folder"):
+    make_photographs._find_photographs(photographs)
+  with pytest.raises(UserError, match="Cannot read the photograph"):
+    make_photographs._read(photographs / "a.jpg")
+
+
 def test_mistakes_are_told_in_one_line(photographs, tmp_path):
   missing = tmp_path / "missing"
   assert f"Cannot read the folder '{missing}'" in _refusal(_run(tmp_path, missing))

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from tests.launching import ROOT, SMALL, launch
 
 FLAGS = (*SMALL, "--epochs=1")
@@ -34,7 +36,10 @@ def test_workers_that_the_tasks_do_not_divide_are_refused(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_tasks_with_different_recipes_do_not_train_together(tmp_path):
+@pytest.mark.parametrize(
+  "name, values", [("seed", (0, 1)), ("allreduce_dtype", ("float32", "bfloat16"))]
+)
+def test_tasks_with_different_flags_do_not_train_together(tmp_path, name, values):
   sockets = [socket.socket() for _ in range(2)]
   for one in sockets:
     one.bind(("127.0.0.1", 0))
@@ -44,7 +49,7 @@ def test_tasks_with_different_recipes_do_not_train_together(tmp_path):
   tasks = []
   for index in range(2):
     config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-    command = [sys.executable, "-m", "tf_largebatch.train", *FLAGS, f"--seed={index}"]
+    command = [sys.executable, "-m", "tf_largebatch.train", *FLAGS, f"--{name}={values[index]}"]
     tasks.append(
       subprocess.Popen(
         [*command, f"--work_dir={tmp_path / 'run'}"],

@@ -1,6 +1,7 @@
 """`PerWorkerBatchNormalization` against loops over groups in NumPy float64."""
 
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -243,11 +244,23 @@ def test_fit_save_and_load(tmp_path):
 
 @pytest.mark.parametrize(
   "name, value",
-  [("per_worker_batch_size", 0), ("momentum", 1), ("momentum", -0.1), ("epsilon", 0)],
+  [
+    ("per_worker_batch_size", 0),
+    ("momentum", 1),
+    ("momentum", -0.1),
+    ("epsilon", 0),
+    ("epsilon", math.nan),
+  ],
 )
 def test_bad_arguments_are_refused(name, value):
   with pytest.raises(ValueError, match=f"{name} must .* not {value}"):
     PerWorkerBatchNormalization(**{name: value})
+
+
+def test_a_mask_is_not_taken_without_a_word():
+  masked = keras.layers.Masking()(np.ones((2, 3, 4), np.float32))
+  with pytest.warns(UserWarning, match="does not support masking"):
+    PerWorkerBatchNormalization()(masked)
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, None), (None, 3, None)])
@@ -259,6 +272,7 @@ def test_an_input_without_known_channels_is_refused(shape):
 # Each replica feeds data of its own, one step, and every copy of the averages is printed.
 MIRRORED = """
 import json
+import math
 import keras
 import numpy as np
 import tensorflow as tf

@@ -1,5 +1,7 @@
 """`MomentumCorrectedSGD` against the paper's equations 9 and 10, written in NumPy float64."""
 
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -159,6 +161,61 @@ def test_exclude_from_weight_decay():
   np.testing.assert_array_equal(kernels[1].numpy(), 1)
 
 
+def test_exclusions_hold_after_loading_where_they_are_made_again(tmp_path):
+  model = small_model(MomentumCorrectedSGD(0.1, weight_decay=0.5))
+  model.optimizer.build(model.trainable_variables)
+  model.save(tmp_path / "model.keras")
+  model = keras.models.load_model(tmp_path / "model.keras")
+  model.optimizer.exclude_from_weight_decay(var_names=["kernel"])
+  before = [variable.numpy() for variable in model.trainable_variables]
+  model.optimizer.apply([tf.zeros(v.shape) for v in model.trainable_variables])
+  for variable, value in zip(model.trainable_variables, before, strict=True):
+    np.testing.assert_array_equal(variable.numpy(), value)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_variable_that_sits_steps_out_keeps_its_momentum(compiled):
+  """Eq. 9 for each variable: u of one without a gradient stays, whatever the rate does."""
+  rates, gradient = [1.0, 0.1, 0.25, 0.5], 2.0
+  here = [True, False, False, True]
+  a, b = (keras.Variable(np.zeros(3), name="bias", dtype="float64") for _ in range(2))
+  optimizer = MomentumCorrectedSGD(1.0, nesterov=False)
+  optimizer.build([a, b])
+
+  def step(takes_part):
+    gradients = [tf.fill([3], tf.constant(gradient, tf.float64))] * (1 + takes_part)
+    optimizer.apply(gradients, [a, b][: 1 + takes_part])
+
+  if compiled:
+    step = tf.function(step)
+  u, w = 0.0, 0.0
+  for rate, takes_part in zip(rates, here, strict=True):
+    optimizer.learning_rate = rate
+    step(takes_part)
+    if takes_part:
+      u = 0.9 * u + gradient
+      w -= rate * u
+  np.testing.assert_allclose(b.numpy(), w, rtol=1e-6)  # Keras' rates are float32.
+
+
+def test_the_rate_is_as_exact_as_the_finest_variable():
+  coarse = keras.Variable(np.zeros(3), name="bias", dtype="bfloat16")
+  fine = keras.Variable(np.zeros(3), name="bias")
+  optimizer = MomentumCorrectedSGD(0.1, nesterov=False)
+  optimizer.apply([tf.ones(3, tf.bfloat16), tf.ones(3)], [coarse, fine])
+  np.testing.assert_allclose(fine.numpy(), -0.1, rtol=1e-7)
+
+
+def test_a_model_without_trainable_weights_is_saved_and_loaded(tmp_path):
+  model = small_model(MomentumCorrectedSGD(0.1))
+  model.trainable = False
+  model.compile(MomentumCorrectedSGD(0.1), "mse")
+  model.save(tmp_path / "model.keras")
+  assert isinstance(
+    keras.models.load_model(tmp_path / "model.keras").optimizer, MomentumCorrectedSGD
+  )
+
+
 def test_momentum_correction_factor_is_the_ratio_of_rates():
   variable = keras.Variable(np.ones(3), name="kernel")
   optimizer = MomentumCorrectedSGD(0.1)
@@ -208,7 +265,9 @@ def test_config_round_trip(learning_rate):
   assert float(clone.learning_rate) == float(optimizer.learning_rate)
 
 
-@pytest.mark.parametrize("bad", [{"momentum": 1}, {"momentum": -0.1}, {"weight_decay": -1e-4}])
+@pytest.mark.parametrize(
+  "bad", [{"momentum": 1}, {"momentum": -0.1}, {"weight_decay": -1e-4}, {"weight_decay": math.nan}]
+)
 def test_bad_arguments_are_refused(bad):
   with pytest.raises(ValueError, match=next(iter(bad))):
     MomentumCorrectedSGD(**bad)

@@ -67,6 +67,21 @@ def test_a_saved_index_is_used_and_read_no_shard(shards, tmp_path, monkeypatch):
   assert_offsets(record_offsets(filenames, [4, 0, 2], index_dir), expected)
 
 
+def test_an_index_is_of_files_not_of_names(shards, tmp_path, monkeypatch):
+  """Two projects have a data/ each, and one index_dir."""
+  filenames, expected = shards
+  index_dir = str(tmp_path / "index")
+  record_offsets(filenames, [4, 0, 2], index_dir)
+  elsewhere = tmp_path / "elsewhere"
+  elsewhere.mkdir()
+  other = write(elsewhere / "a", [3])
+  monkeypatch.chdir(tmp_path)
+  assert_offsets(record_offsets(["a", "b", "c"], [4, 0, 2], index_dir), expected)
+  assert len(os.listdir(index_dir)) == 1
+  monkeypatch.chdir(elsewhere)
+  assert_offsets(record_offsets(["a"], [1], index_dir), [other])
+
+
 def test_other_shards_have_an_index_of_their_own(shards, tmp_path):
   filenames, expected = shards
   index_dir = str(tmp_path / "index")

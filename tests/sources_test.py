@@ -91,6 +91,27 @@ def test_a_slice_is_a_run_of_the_whole(data_dir, dataset):
     assert label == expected_label
 
 
+def test_data_are_identified_by_version_and_size(data_dir):
+  found = sources.identify("tiny_varied", "train[3:9]", "train[:50%]+train[9:]", data_dir)
+  assert found == {
+    "name": "tiny_varied/1.0.0",
+    "train_examples": 6,
+    "validation_examples": 10 + 11,
+  }
+  assert sources.identify("synthetic", "train", "validation", "") == {"name": "synthetic"}
+
+
+@pytest.mark.parametrize("split", ["train[9:8]", "train[:9]+train[8:5]", "train[-3:-5]"])
+def test_a_slice_that_runs_backwards_is_refused(data_dir, split):
+  """TensorFlow Datasets takes [9:8] for [9:], and nine and minus three examples for six."""
+  for refused in (
+    lambda: sources.open_source("tiny_varied", split, data_dir),
+    lambda: sources.identify("tiny_varied", "train", split, data_dir),
+  ):
+    with pytest.raises(UserError, match="behind its beginning"):
+      refused()
+
+
 @pytest.fixture
 def array_records(tmp_path):
   builder = TinyVaried(data_dir=tmp_path, file_format="array_record")

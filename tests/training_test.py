@@ -121,6 +121,24 @@ def test_another_recipe_is_refused_and_nothing_is_lost(run):
   assert json.loads((directory / "result.json").read_text()) == result
 
 
+def test_other_data_are_refused_and_nothing_is_lost(run, tmp_path, monkeypatch):
+  """With other numbers of examples a step would be of another epoch, at another rate."""
+  directory, _ = run
+  data = json.loads((directory / "recipe.json").read_text())["data"]
+  assert data == sources.identify("synthetic", "train[:70]", "validation[:50]", "")
+  cut_off = tmp_path / "cut_off"
+  shutil.copytree(directory, cut_off)
+  (cut_off / "result.json").unlink()
+  for work_dir in (directory, cut_off):
+    before = {p: p.read_bytes() for p in work_dir.rglob("*") if p.is_file()}
+    with monkeypatch.context() as changed:
+      changed.setattr(sources, "identify", lambda *_: {"name": "synthetic", "train_examples": 90})
+      with pytest.raises(UserError, match=r"holds a run on other data .*90") as error:
+        train(work_dir)
+    assert "\n" not in str(error.value)
+    assert {p: p.read_bytes() for p in work_dir.rglob("*") if p.is_file()} == before
+
+
 def comparable(directory):
   """What does not depend on the clock."""
   return [(r["kind"], r["step"], r["loss"], r["error"]) for r in read_metrics(str(directory))]

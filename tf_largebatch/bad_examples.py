@@ -1,5 +1,6 @@
 """The examples of a run that could not be read: which, why, and that nobody overlooks them."""
 
+import fnmatch
 import json
 import os
 import queue
@@ -18,13 +19,15 @@ class BadExamples:
   the chief list theirs in `bad_examples.1.jsonl` and so on. A run that goes on goes on with these.
   """
 
-  def __init__(self, work_dir: str, task_index: int):
+  def __init__(self, work_dir: str, task_index: int, channels: int):
     """
     Args:
       work_dir: the run's directory, which all tasks see.
       task_index: of this task.
+      channels: of the network's images.
     """
     self._work_dir = work_dir
+    self._channels = channels
     suffix = f".{task_index}" if task_index else ""
     self._path = os.path.join(work_dir, f"bad_examples{suffix}.jsonl")
     self._lines = _read(self._path)
@@ -44,7 +47,8 @@ class BadExamples:
         continue
       self._known.add((split, example))
       # One that reads well now was out of reach for a moment: a network or disk that failed.
-      fault = sources.fault(source, example) or f"{source.describe(example)}: failed once"
+      fault = sources.fault(source, example, self._channels)
+      fault = fault or f"{source.describe(example)}: failed once"
       logging.warning("Left out of %s: %s", split, fault)
       self._lines.append({"split": split, "example": example, "fault": fault})
     if self._written < len(self._lines):
@@ -53,8 +57,9 @@ class BadExamples:
         self._written = len(self._lines)
       except files.FAILURES as error:  # A full disk, say: training goes on.
         logging.warning("%s is behind (%s); tried again later.", self._path, first_line(error))
-    paths = tf.io.gfile.glob(os.path.join(self._work_dir, "bad_examples*.jsonl"))
-    listed = (line for path in paths for line in _read(path))
+    # No glob of the whole path, whose directories may have brackets in their names.
+    names = fnmatch.filter(tf.io.gfile.listdir(self._work_dir), "bad_examples*.jsonl")
+    listed = (line for name in names for line in _read(os.path.join(self._work_dir, name)))
     return len({(line["split"], line["example"]) for line in listed})
 
 

@@ -23,6 +23,9 @@ _CROP_TRIES = 10
 _CENTER_FRACTION = 224 / 256  # Shorter side 256, centre crop 224 (§5.1).
 # Words of 32 bits that a position draws: four a crop's try and one for the flip, in blocks of four.
 _DRAWS = 4 * _CROP_TRIES + 4
+# For these max_index the cipher of the op is a bit short (log2 of max_index, not of the number of
+# indices): one index would come twice, and the last one never.
+_BITS_SHORT = frozenset(4**power for power in range(8, 32))
 # How many successive examples are tried in place of one that cannot be read.
 _REPLACEMENTS = 8
 # Pixel for pixel as Pillow decodes. libjpeg's fast DCT, TensorFlow's default, is off by a grey
@@ -48,12 +51,21 @@ def _example_id(recipe: Recipe, train_examples: int, epoch, position):
   """
   seed = tf.stack([tf.constant(recipe.seed, tf.int64), tf.cast(epoch, tf.int64)])
   key = tf.random.stateless_uniform([3], seed, minval=None, maxval=None, dtype=tf.int32)
-  return tf.raw_ops.RandomIndexShuffle(
-    index=tf.cast(position, tf.int64),
-    seed=key,
-    max_index=tf.constant(train_examples - 1, tf.int64),
-    rounds=24,
-  )
+
+  def shuffle(index, last: int):
+    return tf.raw_ops.RandomIndexShuffle(
+      index=tf.cast(index, tf.int64),
+      seed=key,
+      max_index=tf.constant(last, tf.int64),
+      rounds=24,
+    )
+
+  last = train_examples - 1
+  if last not in _BITS_SHORT:
+    return shuffle(position, last)
+  # One index more, and in its place what it leads to.
+  ids = shuffle(position, train_examples)
+  return tf.where(ids == train_examples, shuffle(train_examples, train_examples), ids)
 
 
 def example_ids(recipe: Recipe, train_examples: int, step: int, worker: int) -> np.ndarray:

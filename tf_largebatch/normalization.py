@@ -60,14 +60,13 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
       )
     if not 0 <= momentum < 1:
       raise ValueError(f"momentum must lie in [0, 1), not {momentum}.")
-    if epsilon <= 0:
+    if not epsilon > 0:
       raise ValueError(f"epsilon must be above 0, not {epsilon}.")
     self.per_worker_batch_size = per_worker_batch_size
     self.momentum = momentum
     self.epsilon = epsilon
     self.gamma_initializer = keras.initializers.get(gamma_initializer)
     self.beta_initializer = keras.initializers.get(beta_initializer)
-    self.supports_masking = True
 
   def build(self, input_shape):
     channels = input_shape[-1]

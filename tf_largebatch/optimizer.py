@@ -20,8 +20,8 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
 
   Weight decay is the gradient of λ/2‖w‖², once for the minibatch, on variables whose name ends in
   "kernel" (convolutions and dense layers), never on γ, β or biases; `exclude_from_weight_decay`
-  takes out more. Keras' own `weight_decay` is decoupled (it by-passes the momentum), and its
-  L2(λ) has the gradient 2λw.
+  takes out more (Keras saves no exclusions: after loading, call it again). Keras' own
+  `weight_decay` is decoupled (it by-passes the momentum), and its L2(λ) has the gradient 2λw.
 
   Source: Goyal et al. 2017 (arXiv 1706.02677), §3, eqs. 8 to 10; Sutskever et al. 2013 (Nesterov).
 
@@ -55,7 +55,7 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     super().__init__(learning_rate=learning_rate, name=name)
     if not 0 <= momentum < 1:
       raise ValueError(f"momentum must lie in [0, 1), not {momentum}.")
-    if weight_decay < 0:
+    if not weight_decay >= 0:
       raise ValueError(f"weight_decay must be at least 0, not {weight_decay}.")
     self.momentum = momentum
     self.nesterov = nesterov
@@ -71,14 +71,10 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     # The rate η that the buffers v = η · u are scaled by; 0 before the first step.
     self.buffer_learning_rate = self.add_variable(
       shape=(),
-      dtype=variables[0].dtype,
+      dtype="float64" if any(v.dtype == "float64" for v in variables) else "float32",
       aggregation="only_first_replica",
       name="buffer_learning_rate",
     )
-    self._decayed = [
-      variable.name.split(":")[0].endswith("kernel") and self._use_weight_decay(variable)
-      for variable in variables
-    ]
 
   def apply(self, grads, trainable_variables=None):
     # The rate of this step: the base class counts the step before it returns.
@@ -119,6 +115,8 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
       "moves_gradient": moves * scale,  # w ← w − (moves_buffer · v + moves_gradient · g)
     }
     coefficients = {name: tf.convert_to_tensor(x, scale.dtype) for name, x in coefficients.items()}
+    if self.momentum_correction:
+      self._rescale_absent(trainable_variables, factor)
     if not tf.distribute.in_cross_replica_context():
       # A replica's own gradients, as in `fit`: Keras sums them over the replicas (SUM, not mean).
       super()._backend_update_step(grads, trainable_variables, coefficients)
@@ -127,7 +125,7 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     indices = [self._get_variable_index(variable) for variable in trainable_variables]
     weights = [getattr(variable, "value", variable) for variable in trainable_variables]
     buffers = [self.momentums[index].value for index in indices]
-    decayed = [self._decayed[index] for index in indices]
+    decayed = [self._is_decayed(variable) for variable in trainable_variables]
 
     def update_all(_, weights, buffers, gradients, coefficients):
       for variables in zip(weights, buffers, gradients, decayed, strict=True):
@@ -144,7 +142,27 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     """Updates one variable; `learning_rate` holds the coefficients made from it above."""
     index = self._get_variable_index(variable)
     buffer = self.momentums[index].value
-    self._update(variable, buffer, gradient, self._decayed[index], learning_rate)
+    self._update(variable, buffer, gradient, self._is_decayed(variable), learning_rate)
+
+  def _is_decayed(self, variable) -> bool:
+    kernel = variable.name.split(":")[0].endswith("kernel")
+    return kernel and self._use_weight_decay(variable)
+
+  def _rescale_absent(self, present, factor):
+    """Takes the buffers of variables that sit this step out to its rate: u stays as it is."""
+    indices = {self._get_variable_index(variable) for variable in present}
+    absent = [b.value for index, b in enumerate(self.momentums) if index not in indices]
+    if not absent:
+      return
+
+    def rescale(strategy, factor):
+      for buffer in absent:
+        strategy.extended.update(buffer, lambda b, f: b.assign(b * tf.cast(f, b.dtype)), (factor,))
+
+    if tf.distribute.in_cross_replica_context():
+      rescale(tf.distribute.get_strategy(), factor)
+    else:
+      tf.distribute.get_replica_context().merge_call(rescale, (factor,))
 
   def _update(self, variable, buffer, gradient, decayed: bool, coefficients):
     dtype = variable.dtype

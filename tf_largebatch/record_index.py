@@ -46,6 +46,8 @@ def record_offsets(
     UserError: a shard is missing, cut off, damaged or has another number of records.
   """
   filenames = [os.fspath(name) for name in filenames]
+  # Absolute, for index_dir is shared by all that the user runs, wherever from.
+  filenames = [name if "://" in name else os.path.abspath(name) for name in filenames]
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
     sizes = np.array(list(threads.map(_size, filenames)), np.int64)
   path, offsets = None, None

@@ -256,13 +256,19 @@ class CachedSource:
     return tf.gather(self._records, indices)
 
 
-def fault(source, index: int) -> str | None:
-  """What is wrong with an example, in one line that says where it lies; None: nothing."""
+def fault(source, index: int, channels: int = 0) -> str | None:
+  """What is wrong with an example, in one line that says where it lies; None: nothing.
+
+  Args:
+    source: any.
+    index: of the example.
+    channels: that it is decoded to; 0: its own.
+  """
   if source.image_shape is not None:
     return None
   try:
     image, label = source.parse(source.record(index))
-    tf.io.decode_image(image, expand_animations=False)
+    tf.io.decode_image(image, channels, expand_animations=False)
     if 0 <= label < source.num_classes:
       return None
     reason = f"its label is {int(label)}, but there are {source.num_classes} classes"
@@ -300,6 +306,22 @@ def defaults(dataset: str, data_dir: str, validation_split: str | None = None) -
   return SourceDefaults(None if None in shape else tuple(shape), validation_split, *statistics)
 
 
+def identify(dataset: str, train_split: str, validation_split: str, data_dir: str) -> dict:
+  """What tells data from others of the same name: version and numbers of examples.
+
+  Raises:
+    UserError: a split is missing or empty.
+  """
+  if dataset == "synthetic":  # Its splits tell all.
+    return {"name": dataset}
+  info = tfds.builder(dataset, data_dir=data_dir).info
+  return {
+    "name": info.full_name,
+    "train_examples": _select(info, dataset, train_split).num_examples,
+    "validation_examples": _select(info, dataset, validation_split).num_examples,
+  }
+
+
 def open_source(
   dataset: str,
   split: str,
@@ -326,12 +348,7 @@ def open_source(
   if dataset == "synthetic":
     return _open_synthetic(split, image_size or 224)
   info = tfds.builder(dataset, data_dir=data_dir).info
-  try:
-    selected = info.splits[split]
-  except (KeyError, ValueError, AssertionError) as error:
-    raise _missing_split(dataset, split, info.splits) from error
-  if selected.num_examples == 0:
-    raise UserError(f"The split {split!r} of {dataset} holds no examples.")
+  selected = _select(info, dataset, split)
   shape = info.features[_keys(info)[0]].shape
   if None in shape:
     records = _open_records(info, selected, index_dir)
@@ -342,6 +359,31 @@ def open_source(
       return _open_records(info, selected, index_dir)
     _require_memory(3 * num_bytes)  # As they come, in one array, and as a tensor.
   return _read_all(_open_records(info, selected, index_dir))
+
+
+def _select(info, dataset: str, split: str):
+  """TensorFlow Datasets' split, or slice of one.
+
+  Raises:
+    UserError: it is missing or empty, or a slice that runs backwards, for which TensorFlow Datasets
+      counts too many or too few.
+  """
+  try:
+    selected = info.splits[split]
+    slices = tfds.core.ReadInstruction.from_spec(split).to_absolute(info.splits)
+  except (KeyError, ValueError, AssertionError, NotImplementedError) as error:
+    raise _missing_split(dataset, split, info.splits) from error
+  if selected.num_examples == 0:
+    raise UserError(f"The split {split!r} of {dataset} holds no examples.")
+  for part in slices:
+    size = info.splits[part.splitname].num_examples
+    first, end = part.from_ or 0, size if part.to is None else part.to
+    if first >= end:
+      raise UserError(
+        f"The split {split!r} of {dataset} has a slice from example {first} to {end} of "
+        f"{part.splitname}, which holds none; name one that ends behind its beginning."
+      )
+  return selected
 
 
 def _read_all(records: _RecordSource) -> ArraySource:

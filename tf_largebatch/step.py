@@ -157,13 +157,14 @@ def choose_workers_per_pass(
 
   On a GPU ever more workers (powers of two that divide the replica's) go through at once, on images
   of zeros, until that is no faster or the memory is full. On a CPU g = 1: its cores are busy with
-  one worker, whose activations are the more likely to fit its caches (docs/speed.md).
+  one worker, whose activations are the more likely to fit its caches (docs/speed.md). In float16 g
+  = 1 too: sums over more images overflow sooner, and which steps are skipped for it must not depend
+  on a device.
   """
-  if not tf.config.get_visible_devices("GPU"):
+  if recipe.dtype == "float16" or not tf.config.get_visible_devices("GPU"):
     return 1
   shape = (recipe.per_worker_batch_size, *model.input_shape[1:])
   weights, statistics = _tensors(model.trainable_variables), _tensors(model.non_trainable_variables)
-  scale = LossScale.INITIAL if recipe.dtype == "float16" else None
   best, best_seconds, workers_per_pass = 1, float("inf"), 1
   while workers_on_replica % workers_per_pass == 0:
     images = tf.zeros([workers_per_pass, *shape], tf.uint8)
@@ -172,7 +173,7 @@ def choose_workers_per_pass(
     sums = tf.function(make_replica_sums(model, recipe, candidate))
     try:
       seconds = [
-        _seconds(lambda: float(sums(weights, statistics, images, labels, scale)[2]))  # noqa: B023
+        _seconds(lambda: float(sums(weights, statistics, images, labels)[2]))  # noqa: B023
         for _ in range(4)
       ]
     except tf.errors.ResourceExhaustedError:

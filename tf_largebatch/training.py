@@ -146,9 +146,11 @@ def train_and_evaluate(
       preparation.prepare(recipe.dataset, data_dir)
     replicas = strategy.num_replicas_in_sync
     recipe = resolve(_with_workers_of_the_run(recipe, work_dir), replicas, data_dir)
-    result = find_run(work_dir, recipe)
+    data = sources.identify(recipe.dataset, recipe.train_split, recipe.validation_split, data_dir)
+    result = find_run(work_dir, recipe, data)
     if cluster.num_tasks > 1:
-      facts = (recipe, evaluation_batch_size, log_every_steps, bad_examples, result is None)
+      facts = (recipe, data, evaluation_batch_size, log_every_steps, bad_examples, result is None)
+      facts += (step_options.allreduce_dtype, step_options.bytes_per_pack)
       _require_agreement(
         strategy, facts, "the flags, the data or the work_dir differ; it must be one that all see"
       )
@@ -185,17 +187,18 @@ def train_and_evaluate(
     restored = checkpoints.restore_newest()
     done = restored.step if restored else 0
     if cluster.num_tasks > 1:
-      facts = (restored, source.num_examples, validation.num_examples)
-      _require_agreement(strategy, facts, f"this one restored step {done} from {work_dir}")
+      _require_agreement(strategy, restored, f"this one restored step {done} from {work_dir}")
     if done > derived["total_steps"]:
       raise UserError(
         f"work_dir={work_dir} has a checkpoint of step {done}, past the {derived['total_steps']} "
-        "of this run: the data set holds fewer examples than it did; choose another work_dir."
+        "of this run: it is another run's; choose another work_dir."
       )
     begins = "Continuing from" if restored else "Beginning at"
     logging.info("%s step %d of %d.", begins, done, derived["total_steps"])
 
-    bad = BadExamples(work_dir, cluster.task_index) if bad_examples == "skip" else None
+    bad = None
+    if bad_examples == "skip":
+      bad = BadExamples(work_dir, cluster.task_index, len(recipe.channel_mean))
     run = Run(
       recipe=recipe,
       steps_per_epoch=derived["steps_per_epoch"],
@@ -246,7 +249,7 @@ def train_and_evaluate(
       evaluated_epochs=evaluated,
     )
     if cluster.is_chief:  # Only now, that nothing is wrong with what is there.
-      facts = {"recipe": recipe.to_dict(), "derived": derived, **environment}
+      facts = {"recipe": recipe.to_dict(), "data": data, "derived": derived, **environment}
       with _telling_unwritable(work_dir):
         files.write_json(os.path.join(work_dir, "recipe.json"), facts)
         files.write_text(os.path.join(work_dir, "flags.txt"), recipe.to_flagfile() + run_flags)
@@ -452,25 +455,27 @@ def _train_batches(strategy, cluster: Cluster, recipe: Recipe, source, first_ste
   on_bad = None if bad is None else functools.partial(bad.tell, recipe.train_split, source)
   batches = iter(distribute_train_dataset(strategy, recipe, source, first_step, on_bad))
   for number in itertools.count(first_step):
-    yield _next(batches, recipe.train_split, source, ids(number))
+    yield _next(batches, recipe, recipe.train_split, source, ids(number), bad is not None)
 
 
-def _next(batches, split: str, source, ids):
+def _next(batches, recipe: Recipe, split: str, source, ids, skips: bool):
   """The next batch; where it fails, the first of its examples (`ids`) with a fault is told."""
   try:
     return next(batches)
   except sources.FAULTS as error:
-    found = next(filter(None, (sources.fault(source, int(index)) for index in ids)), None)
+    channels = len(recipe.channel_mean)
+    faults = (sources.fault(source, int(index), channels) for index in ids)
+    found = next(filter(None, faults), None)
     if found is None:
       raise InterruptedRunError(
         f"Reading {split} failed ({first_line(error)}), but all of its examples read well now; "
         "run again to continue.",
         LOST_TASK,
       ) from error
-    raise UserError(
-      f"{split} cannot be read: {found}. Prepare the data again, or leave such examples out by "
-      "--bad_examples=skip."
-    ) from error
+    rest = ", or leave such examples out by --bad_examples=skip"
+    if skips:
+      rest = ": too many examples behind it are bad, too, for another one to take its place"
+    raise UserError(f"{split} cannot be read: {found}. Prepare the data again{rest}.") from error
 
 
 def train_to(run: Run, last: int) -> bool:
@@ -619,7 +624,7 @@ def make_evaluation(
     batches = iter(distributed)
     sums, previous = np.zeros(4), None
     for number in range(steps):
-      batch = _next(batches, recipe.validation_split, source, ids(number))
+      batch = _next(batches, recipe, recipe.validation_split, source, ids(number), bad is not None)
       asked = tf.constant(float(stop is not None and stop.signal is not None))
       values = evaluation_step(batch, asked)
       if previous is not None:
@@ -646,11 +651,17 @@ def _with_workers_of_the_run(recipe: Recipe, work_dir: str) -> Recipe:
   return recipe
 
 
-def find_run(work_dir: str, recipe: Recipe) -> dict | None:
+def find_run(work_dir: str, recipe: Recipe, data: dict) -> dict | None:
   """The result of the run in the work directory, or None where it is not complete or not begun.
 
+  Args:
+    work_dir: the run's directory.
+    recipe: resolved.
+    data: see `sources.identify`.
+
   Raises:
-    UserError: the directory holds another recipe's run, or files that are no run's.
+    UserError: the directory holds another recipe's run, or one on other data, or files that are no
+      run's.
   """
   path = os.path.join(work_dir, "recipe.json")
   if not _exists(path):
@@ -662,12 +673,13 @@ def find_run(work_dir: str, recipe: Recipe) -> dict | None:
       )
     return None
   try:
-    there = files.read_json(path)["recipe"].items()
+    facts = files.read_json(path)
+    there, trained_on = dict(facts["recipe"].items()), facts.get("data", data)
   except (*files.FAILURES, ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
       f"{path} is no recipe of a run ({first_line(error)}); choose another work_dir."
     ) from error
-  there, now = dict(there), recipe.to_dict()
+  now = recipe.to_dict()
   differences = [
     f"{name} is {there.get(name)} there and {now.get(name)} now"
     for name in sorted(there.keys() | now.keys())
@@ -677,6 +689,11 @@ def find_run(work_dir: str, recipe: Recipe) -> dict | None:
     raise UserError(
       f"work_dir={work_dir} holds another recipe's run ({'; '.join(differences)}); choose another "
       "work_dir, or that recipe to continue it."
+    )
+  if trained_on != data:
+    raise UserError(
+      f"work_dir={work_dir} holds a run on other data ({trained_on} there, {data} now); choose "
+      "another work_dir, or the data_dir that it began with."
     )
   path = os.path.join(work_dir, "result.json")
   if not _exists(path):

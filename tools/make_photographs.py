@@ -125,7 +125,7 @@ def _read(photograph: pathlib.Path) -> Image.Image:
   try:
     with Image.open(photograph) as image:
       return ImageOps.exif_transpose(image).convert("RGB")
-  except OSError as error:
+  except (OSError, Image.DecompressionBombError) as error:
     raise UserError(f"Cannot read the photograph {str(photograph)!r}: {error}.") from error
 
 
@@ -223,7 +223,8 @@ def _find_photographs(folder: pathlib.Path) -> list[pathlib.Path]:
     raise UserError(f"Cannot read the folder {str(folder)!r}: {error.strerror}.") from error
   found = []
   for path in paths:
-    with contextlib.suppress(OSError):  # A folder, or no image.
+    # A folder, no image, or one of more pixels than Pillow thinks safe.
+    with contextlib.suppress(OSError, Image.DecompressionBombError):
       Image.open(path).close()
       found.append(path)
   if not found:
