@@ -246,6 +246,7 @@ def test_fit_save_and_load(tmp_path):
   "name, value",
   [
     ("per_worker_batch_size", 0),
+    ("per_worker_batch_size", 2.0),
     ("momentum", 1),
     ("momentum", -0.1),
     ("epsilon", 0),

@@ -1,5 +1,7 @@
 """`LinearScalingSchedule` against rates computed by hand."""
 
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -169,6 +171,9 @@ def test_stock_sgd_takes_these_steps_through_fit_save_and_load(tmp_path):
     {"steps_per_epoch": 0},
     {"global_batch_size": 0},
     {"reference_batch_size": -1},
+    {"reference_learning_rate": math.nan},
+    {"warmup_epochs": -3},
+    {"decay_factor": math.inf},
   ],
 )
 def test_bad_arguments_are_refused(bad):

@@ -1,5 +1,7 @@
 """Batch normalisation over each worker's own n images."""
 
+import numbers
+
 import keras
 import tensorflow as tf
 
@@ -54,9 +56,11 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
     dtype=None,
   ):
     super().__init__(name=name, trainable=trainable, dtype=dtype)
-    if per_worker_batch_size is not None and per_worker_batch_size < 1:
+    if per_worker_batch_size is not None and (
+      not isinstance(per_worker_batch_size, numbers.Integral) or per_worker_batch_size < 1
+    ):
       raise ValueError(
-        f"per_worker_batch_size must be at least 1 or None, not {per_worker_batch_size}."
+        f"per_worker_batch_size must be a whole number from 1 or None, not {per_worker_batch_size}."
       )
     if not 0 <= momentum < 1:
       raise ValueError(f"momentum must lie in [0, 1), not {momentum}.")

@@ -1,5 +1,7 @@
 """The learning rate as a pure function of the step: linear scaling, warmup, step decay."""
 
+import math
+
 import keras
 import tensorflow as tf
 
@@ -38,7 +40,8 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
   optimizer casts it to its weights' dtype.
 
   Raises:
-    UserError (a ValueError): an unknown scaling or warmup, or a count below 1.
+    UserError (a ValueError): an unknown scaling or warmup, a count below 1, or a rate, epoch or
+      factor that is negative or not finite.
   """
 
   def __init__(
@@ -62,6 +65,16 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
         "steps_per_epoch, global_batch_size and reference_batch_size must be at least 1, not "
         f"{steps_per_epoch}, {global_batch_size} and {reference_batch_size}."
       )
+    given = {
+      "reference_learning_rate": (reference_learning_rate,),
+      "warmup_epochs": (warmup_epochs,),
+      "decay_epochs": tuple(decay_epochs),
+      "decay_factor": (decay_factor,),
+    }
+    for argument, values in given.items():
+      if not all(0 <= value < math.inf for value in values):
+        told = ",".join(map(str, values))
+        raise UserError(f"{argument}={told} is refused; it must be finite and not negative.")
     self.steps_per_epoch = steps_per_epoch
     self.global_batch_size = global_batch_size
     self.reference_learning_rate = reference_learning_rate
