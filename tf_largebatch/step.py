@@ -56,7 +56,8 @@ class StepOptions:
   Attributes:
     workers_per_pass: g, the workers that a replica takes through the network at once, each
       normalised over its own n images; None: `choose_workers_per_pass`. It must divide the
-      replica's workers.
+      replica's workers. In float16 sums over more images overflow sooner: the loss scale, and which
+      steps are skipped, depend on it.
     jit_compile: whether XLA compiles the replica's passes and the update, never the all-reduce
       between them; None: on GPUs.
     allreduce_dtype: "float32" sends the gradients as they are; "bfloat16" sends their first 8 bits
