@@ -273,7 +273,6 @@ def test_an_input_without_known_channels_is_refused(shape):
 # Each replica feeds data of its own, one step, and every copy of the averages is printed.
 MIRRORED = """
 import json
-import math
 import keras
 import numpy as np
 import tensorflow as tf

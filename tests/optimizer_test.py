@@ -1,12 +1,18 @@
 """`MomentumCorrectedSGD` against the paper's equations 9 and 10, written in NumPy float64."""
 
+import json
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import tf_largebatch
 from tf_largebatch.optimizer import MomentumCorrectedSGD
 from tf_largebatch.schedule import LinearScalingSchedule
 
@@ -214,6 +220,42 @@ def test_a_model_without_trainable_weights_is_saved_and_loaded(tmp_path):
   assert isinstance(
     keras.models.load_model(tmp_path / "model.keras").optimizer, MomentumCorrectedSGD
   )
+
+
+# Two replicas fit a model; every copy of its kernel and of the kernel's momentum is printed.
+MIRRORED = """
+import json
+import keras
+import numpy as np
+import tensorflow as tf
+from tf_largebatch.optimizer import MomentumCorrectedSGD
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+  model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer="ones")])
+  model.compile(MomentumCorrectedSGD(0.1, momentum=0.5, nesterov=False, weight_decay=0.5), "mse")
+model.fit(np.zeros((8, 2)), np.zeros((8, 1)), batch_size=4, verbose=0)
+variables = model.layers[0].kernel, model.optimizer.momentums[0]
+print(json.dumps([[copy.numpy().tolist() for copy in v.value.values] for v in variables]))
+"""
+
+
+def test_replicas_decay_alike_in_fit():
+  """Inputs of 0 leave the decay alone: w = 1 - 0.05 w, then with half of the momentum more."""
+  package = pathlib.Path(tf_largebatch.__file__).parent
+  result = subprocess.run(
+    [sys.executable, "-c", MIRRORED],
+    env={**os.environ, "PYTHONPATH": str(package.parent), "TF_CPP_MIN_LOG_LEVEL": "2"},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  kernels, momenta = json.loads(result.stdout.splitlines()[-1])
+  first = 0.1 * 0.5
+  second = 0.5 * first + 0.1 * 0.5 * (1 - first)
+  np.testing.assert_allclose(kernels, np.full((2, 2, 1), 1 - first - second), rtol=1e-6)
+  np.testing.assert_allclose(momenta, np.full((2, 2, 1), second), rtol=1e-6)
 
 
 def test_momentum_correction_factor_is_the_ratio_of_rates():

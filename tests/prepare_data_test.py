@@ -76,6 +76,8 @@ def test_prepares_from_the_official_tars_and_says_what_is_there(data_dir):
 def test_mistakes_are_told_in_one_line(tmp_path):
   assert "No data set was named" in _refusal(_run(tmp_path))
   assert "did you mean imagenet2012 " in _refusal(_run(tmp_path, "imagenet201"))
+  assert "did you mean imagenet2012 " in _refusal(_run(tmp_path, "imagenet"))
+  assert "needs no data" in _refusal(_run(tmp_path, "synthetic"))
   assert not os.listdir(tmp_path)
   missing = _refusal(_run(tmp_path, "imagenet2012"))
   manual_dir = tmp_path / "downloads" / "manual"

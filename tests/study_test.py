@@ -1,5 +1,6 @@
 """Tests of `tools.study`, on runs of seconds and on made-up results."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -232,6 +233,15 @@ def test_a_result_of_another_recipe_is_told(tmp_path, field, value):
     return
   with pytest.raises(UserError, match=r"small_seed0.json is of another recipe than .*small.flags"):
     study.find_result(run, tmp_path / "results")
+
+
+def test_a_name_is_no_pattern(tmp_path):
+  (run,) = study.read_study(_make_study(tmp_path, "seeds = 1"))
+  run = dataclasses.replace(run, flagfile="tiny [a].flags")
+  path = tmp_path / "results" / "tiny" / "tiny [a]_seed0.json"
+  path.parent.mkdir(parents=True)
+  path.write_text(json.dumps({"recipe": run.recipe.to_dict()}))
+  assert study.find_result(run, tmp_path / "results")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"recipe": {}}', '{"recipe": {"wrong": 1}}'])

@@ -414,7 +414,9 @@ def test_an_evaluation_no_better_than_guessing_is_told(caplog, error, classes, e
   if warned:
     message = caplog.records[0].getMessage()
     assert message.startswith(f"Epoch 7 ends with a validation error of {100 * error:.2f}%, ")
-    assert f"guessing one of {classes} classes ({100 - 100 / classes:.2f}%)" in message
+    by_chance = {10: "0.90", 2: "15.00"}[classes]  # 3 σ.
+    guessing = f"({100 - 100 / classes:.2f}%, by chance up to {by_chance} points less)"
+    assert f"guessing one of {classes} classes {guessing}" in message
     assert "--warmup_epochs" in message
 
 

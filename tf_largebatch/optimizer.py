@@ -145,6 +145,8 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     self._update(variable, buffer, gradient, self._is_decayed(variable), learning_rate)
 
   def _is_decayed(self, variable) -> bool:
+    # A replica's copy has a name of its own ("kernel/replica_1"): the variable's own counts.
+    variable = self._trainable_variables[self._get_variable_index(variable)]
     kernel = variable.name.split(":")[0].endswith("kernel")
     return kernel and self._use_weight_decay(variable)
 

@@ -103,7 +103,10 @@ def _make_builder(
   name = re.split("[/:]", dataset, maxsplit=1)[0]
   # TFDS also reads what code that is not imported here once prepared.
   if name not in known and not (name and os.path.isdir(os.path.join(data_dir, name))):
-    close = " or ".join(difflib.get_close_matches(name.lower(), known))
+    close = difflib.get_close_matches(name.lower(), known)
+    # Of a name that goes on the first, before those that only look alike: imagenet, imagenet2012.
+    longer = [other for other in known if name and other.startswith(name.lower())][:1]
+    close = " or ".join(dict.fromkeys([*longer, *close]))
     raise UserError(
       f"TensorFlow Datasets knows no dataset {dataset!r}{close and f' (did you mean {close}?)'}; "
       "synthetic, which needs no data, exists too."

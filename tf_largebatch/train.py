@@ -13,6 +13,7 @@ import json
 import logging as stdlib_logging
 import math
 import os
+import shlex
 import sys
 
 from absl import app, flags, logging
@@ -235,7 +236,7 @@ def _train(argv, stop: StopRequest) -> int:
     told = (
       json.dumps(result, indent=2),
       f"Result: {os.path.join(work_dir, 'result.json')}",
-      f"Curves: tensorboard --logdir {os.path.join(work_dir, 'tensorboard')}",
+      f"Curves: tensorboard --logdir {shlex.quote(os.path.join(work_dir, 'tensorboard'))}",
     )
     tell("\n".join(told), to_stdout=True)
   return 0

@@ -558,14 +558,17 @@ def _warn_of_guessing(error: float, num_classes: int, num_examples: int, epoch: 
   too high for the network can leave it there for good, with losses that stay finite.
   """
   guessing = 1 - 1 / num_classes
-  if error >= guessing - 3 * math.sqrt(guessing * (1 - guessing) / num_examples):
+  chance = 3 * math.sqrt(guessing * (1 - guessing) / num_examples)
+  if error >= guessing - chance:
     logging.warning(
       "Epoch %d ends with a validation error of %.2f%%, no better than guessing one of %d classes "
-      "(%.2f%%). If later epochs do, too, the run learns nothing. %s",
+      "(%.2f%%, by chance up to %.2f points less). If later epochs do, too, the run learns "
+      "nothing. %s",
       epoch,
       100 * error,
       num_classes,
       100 * guessing,
+      100 * chance,
       _REMEDIES,
     )
 
@@ -816,6 +819,12 @@ def _export(model: keras.Model, recipe: Recipe, num_classes: int, path: str):
 
 def _log_arithmetic(recipe: Recipe, derived: dict, source, validation, cluster: dict):
   warmup = f"{recipe.warmup} for {recipe.warmup_epochs:g} epochs" if recipe.warms_up else "none"
+  if recipe.warmup != "none" and not recipe.warms_up:
+    warmup += f" (kn is not above {recipe.reference_batch_size})"
+  decays = ", ".join(f"{epoch:g}" for epoch in recipe.decay_epochs) or "none"
+  late = sum(epoch >= recipe.epochs for epoch in recipe.decay_epochs)
+  if late:
+    decays += f" ({late} of them after the end)"
   for line in (
     f"{recipe.network} on {recipe.dataset}: {source.num_examples} training images, "
     f"{validation.num_examples} to validate on, {recipe.image_size}x{recipe.image_size}, "
@@ -824,8 +833,7 @@ def _log_arithmetic(recipe: Recipe, derived: dict, source, validation, cluster: 
     f"{recipe.global_batch_size}",
     f"peak rate = {recipe.reference_learning_rate:g} -> {recipe.peak_learning_rate:g} "
     f"({recipe.learning_rate_scaling} scaling from {recipe.reference_batch_size}); warmup: "
-    f"{warmup}; x{recipe.decay_factor:g} at epochs "
-    f"{', '.join(f'{epoch:g}' for epoch in recipe.decay_epochs) or 'none'}",
+    f"{warmup}; x{recipe.decay_factor:g} at epochs {decays}",
     f"steps = {recipe.epochs} epochs x {derived['steps_per_epoch']} = {derived['total_steps']}",
     f"{derived['workers_per_replica']} workers a replica; "
     + ", ".join(f"{name} {value}" for name, value in cluster.items()),

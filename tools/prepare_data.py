@@ -45,6 +45,8 @@ def main(argv: list[str]) -> int:
   try:
     if len(argv) < 2:
       raise UserError("No data set was named; name one or more, such as cifar10.")
+    if "synthetic" in argv[1:]:
+      raise UserError("synthetic needs no data and cannot be prepared; train with it as it is.")
     for dataset in argv[1:]:
       preparation.prepare(dataset, data_dir, flags.FLAGS.file_format)
     for dataset in argv[1:]:

@@ -28,6 +28,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import glob
 import json
 import os
 import pathlib
@@ -162,7 +163,7 @@ def find_result(run: Planned, results_dir: pathlib.Path) -> dict | None:
   Raises:
     UserError: it cannot be read, or is of another recipe than the flagfile has now.
   """
-  for path in sorted(results_dir.glob(f"*/{run.name}.json")):
+  for path in sorted(results_dir.glob(f"*/{glob.escape(run.name)}.json")):
     try:
       result = json.loads(path.read_text())
       recipe = Recipe(**result["recipe"])
