@@ -12,6 +12,7 @@ import pytest
 
 from tf_largebatch.checkpoint import Checkpoints, Manifest
 from tf_largebatch.errors import UserError
+from tf_largebatch.loss_scale import LossScale
 from tf_largebatch.optimizer import MomentumCorrectedSGD
 
 
@@ -274,3 +275,17 @@ def test_a_save_under_way_is_waited_for(tmp_path, monkeypatch):
   assert os.path.exists(tmp_path / "step-0000000001.json")
   checkpoints.wait()
   assert not checkpoints.busy and sorted(os.listdir(tmp_path)) == names(1, 2)
+
+
+def test_the_loss_scale_comes_back(tmp_path):
+  """Else a float16 run that was cut off would take, or skip, other steps than one that was not."""
+  values = (2.0**9, 1234, 7)
+  loss_scale = LossScale()
+  for variable, value in zip(loss_scale.variables, values, strict=True):
+    variable.assign(value)
+  checkpoints = Checkpoints(str(tmp_path), *make(), loss_scale)
+  checkpoints.save(1, 1.0)
+  checkpoints.wait()
+  fresh = LossScale()
+  assert Checkpoints(str(tmp_path), *make(), fresh).restore_newest().step == 1
+  assert tuple(float(variable.numpy()) for variable in fresh.variables) == values

@@ -394,3 +394,77 @@ def test_evaluation_counts_every_example_once(source, batch_size, tasks, replica
         np.testing.assert_array_equal(images, source._images.numpy()[labels])
         counted.extend(labels[weights == 1])
   assert sorted(counted) == list(range(EXAMPLES))
+
+
+def test_a_position_of_any_step_has_draws_of_its_own(source, monkeypatch):
+  """Also where it is the same example in the same place of its step."""
+  monkeypatch.setattr(input_pipeline, "_example_id", lambda *_: tf.constant([7] * 6, tf.int64))
+  recipe = dataclasses.replace(RECIPE, augmentation="pad_crop")
+  steps = task_batches(recipe, source, 1, 1, 0, EPOCH_STEPS)
+  images = np.concatenate([step[0][0].reshape(24, -1) for step in steps])
+  # 96 draws from 162 crops: 72.5 different ones, give or take 3.6; of one step's alone 22.3.
+  assert len(np.unique(images, axis=0)) > 58
+
+
+def test_pad_crop_takes_another_draw_for_each_choice(source):
+  """Row, column and flip, each image's own, all as often."""
+  choices = [(f, r, c) for f in (0, 0.49, 0.5, 0.99) for r in range(9) for c in range(9)]
+  draws = np.array([[f, (r + 0.5) / 9, (c + 0.5) / 9] for f, r, c in choices], np.float32)
+  image = source._images.numpy()[3]
+  images = tf.constant(np.repeat(image[None], len(choices), axis=0))
+  recipe = dataclasses.replace(RECIPE, augmentation="pad_crop")
+  actual = input_pipeline._shift_and_flip(recipe, images, tf.constant(draws)).numpy()
+  padded = np.empty((16, 16, 3), np.uint8)
+  padded[:] = (10, 20, 30)
+  padded[4:12, 4:12] = image
+  for (f, r, c), crop in zip(choices, actual, strict=True):
+    expected = padded[r : r + 8, c : c + 8]
+    np.testing.assert_array_equal(crop, expected[:, ::-1] if f < 0.5 else expected)
+
+
+def test_area_crops_lie_anywhere_whatever_else_was_drawn():
+  """Top, left and flip are independent, and a crop reaches the far edge as often as any place."""
+  first = tf.constant(0, tf.int64)
+  tries = input_pipeline._crop_tries(input_pipeline._draws(RECIPE, first, first, 3000))
+  crops = tf.data.Dataset.from_tensor_slices(tries[:, 1:]).map(
+    lambda tries: input_pipeline._random_crop(tf.constant((64, 64, 3)), tries)
+  )
+  top, left, height, width = np.stack(list(crops.as_numpy_iterator())).T
+  rooms, offsets = np.array([64 - height, 64 - width]), np.array([top, left])
+  far, expected = np.sum(offsets == rooms, axis=1), np.sum(1 / (rooms + 1), axis=1)
+  assert np.all(np.abs(far - expected) < 4 * np.sqrt(expected))
+  wide = np.all(rooms > 8, axis=0)
+  places = offsets[:, wide] / rooms[:, wide]
+  flips = tries.numpy()[wide, 0, 0] < 0.5
+  correlation = np.corrcoef([*places, flips]) - np.eye(3)
+  assert np.max(np.abs(correlation)) < 4.5 / np.sqrt(np.sum(wide))
+
+
+def test_the_flip_of_an_area_crop_has_a_draw_of_its_own():
+  """Where a crop lies tells nothing of its flip: column 0 of channel 1 is the image's row."""
+  rows, columns = np.indices((8, 8)) * 30
+  image = np.stack([columns, rows, rows], axis=-1).astype(np.uint8)
+  ramps = sources.ArraySource(np.tile(image, (EXAMPLES, 1, 1, 1)), np.arange(EXAMPLES), EXAMPLES)
+  recipe = dataclasses.replace(RECIPE, augmentation="area_crop")
+  batches = task_batches(recipe, ramps, 1, 1, 0, 12)
+  images = np.concatenate([step[0][0].reshape(-1, 8, 8, 3) for step in batches]).astype(int)
+  flipped = images[:, :, 0, 0].mean(1) > images[:, :, -1, 0].mean(1)
+  for channel in (0, 1):
+    places = images[..., channel].mean((1, 2))
+    assert abs(np.corrcoef(flipped, places)[0, 1]) < 4.5 / np.sqrt(len(flipped))
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (8, 8), (20, 13), (3, 40)])
+def test_images_are_resized_bilinearly_and_rounded(shape):
+  """At half-pixel centres, in float64; every pixel is the nearest of 256 levels."""
+  image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+
+  def weights(size):
+    """Of each of 8 pixels on the pixels of a side: [8, size]."""
+    places = np.clip((np.arange(8) + 0.5) * size / 8 - 0.5, 0, size - 1)
+    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(size)))
+
+  expected = np.einsum("ih,jw,hwc->ijc", weights(shape[0]), weights(shape[1]), image.astype(float))
+  actual = input_pipeline._resize(RECIPE, tf.constant(image[None])).numpy()[0]
+  assert actual.dtype == np.uint8
+  assert np.max(np.abs(actual - expected)) < 0.5 + 1e-3

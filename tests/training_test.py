@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -582,3 +583,72 @@ def test_a_validation_example_that_cannot_be_read(damaged, tmp_path):
   with pytest.raises(UserError) as error:
     evaluate()
   assert bad["test"][1] in str(error.value) and "--bad_examples=skip" in str(error.value)
+
+
+@pytest.mark.parametrize("batch_size", [4, 5, 11])
+def test_an_evaluation_is_the_mean_over_the_examples_whatever_fills_its_last_batch(batch_size):
+  """11 examples; what pads the last batch of 4 or 5 are copies of the last one, which is wrong."""
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(11, 3)).astype(np.float32)
+  labels = np.argmax(logits, axis=1)
+  labels[[2, 10]] = np.argmin(logits[[2, 10]], axis=1)
+  logits[10] *= 9
+  images = rng.integers(0, 256, (11, 1, 1, 1)).astype(np.uint8)
+  images[:, 0, 0, 0] = np.arange(11)
+  recipe = dataclasses.replace(RECIPE, image_size=1, augmentation="none", channel_mean=(0.0,))
+  source = sources.ArraySource(images, labels, 3)
+  inputs = keras.Input((1, 1, 1))
+  table = keras.layers.Embedding(11, 3, embeddings_initializer=keras.initializers.Constant(logits))
+  model = keras.Model(inputs, keras.layers.Reshape((3,))(table(inputs)))
+  strategy = tf.distribute.get_strategy()
+  found = training.make_evaluation(strategy, model, recipe, source, batch_size)()
+  losses = np.log(np.exp(logits.astype(np.float64)).sum(1)) - logits[np.arange(11), labels]
+  assert found["error"] == pytest.approx(2 / 11, rel=1e-6)
+  assert found["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+def test_a_record_is_the_mean_over_its_steps():
+  """The training curves of the paper's figures are of these."""
+  records = []
+  run = make_steps(99, 3, ())
+  step = run.train_step
+  run.train_step = lambda batch, asked: step(batch, asked) | {"loss": batch**2, "error": 1 / batch}
+  run.metrics = Nothing()
+  run.metrics.train = lambda number, epoch, record: records.append((number, epoch, record))
+  assert training.train_to(run, 7)
+  assert [(number, epoch) for number, epoch, _ in records] == [(3, 0.3), (6, 0.6), (7, 0.7)]
+  for (_, _, record), steps in zip(records, ([1, 2, 3], [4, 5, 6], [7]), strict=True):
+    assert record["loss"] == pytest.approx(np.mean([s**2 for s in steps]))
+    assert record["error"] == pytest.approx(np.mean([1 / s for s in steps]))
+
+
+def test_the_result_is_the_median_of_the_last_five_epochs(tmp_path, monkeypatch):
+  errors = iter((0.95, 0.9, 0.21, 0.25, 0.22, 0.24, 0.2))
+
+  def evaluate():
+    return {"loss": 1.0, "error": next(errors)}
+
+  monkeypatch.setattr(training, "make_evaluation", lambda *_: evaluate)
+  recipe = dataclasses.replace(RECIPE, train_split="train[:20]", epochs=7, dtype="float32")
+  result = train(tmp_path, recipe)
+  assert (result["val_error"], result["val_error_median_last_5"]) == (0.2, 0.22)
+
+
+def test_the_network_is_the_recipes():
+  """What `build_model` hands on; values that no default has."""
+  values = {"batch_norm_momentum": 0.5, "batch_norm_epsilon": 0.01, "last_gamma": 0.25, "seed": 3}
+  recipe = dataclasses.replace(training.resolve(RECIPE, 1, ""), **values)
+  kernels = {}
+  for purpose in ("training", "evaluation", "export"):
+    model = training.build_model(recipe, 10, purpose)
+    norms = [layer for layer in model.layers if hasattr(layer, "gamma")]
+    assert {(layer.momentum, layer.epsilon) for layer in norms} == {(0.5, 0.01)}
+    dtype = "bfloat16" if purpose == "training" else "float32"
+    assert {layer.compute_dtype for layer in norms} == {dtype}
+    gammas = {layer.name: float(layer.gamma.numpy()[0]) for layer in norms}
+    assert gammas == {name: 0.25 if name.endswith("_2_bn") else 1.0 for name in gammas}
+    assert list(gammas.values()).count(0.25) == 3
+    kernels[purpose] = model.get_layer("stem_conv").kernel.numpy()
+    np.testing.assert_array_equal(kernels[purpose], kernels["training"])
+  other = training.build_model(dataclasses.replace(recipe, seed=4), 10)
+  assert not np.any(other.get_layer("stem_conv").kernel.numpy() == kernels["training"])

@@ -64,7 +64,7 @@ MUTATIONS = (
   Mutation(
     "decay on γ and β",
     "weight decay",
-    (("optimizer", 'variable.name.split(":")[0].endswith("kernel") and ', ""),),
+    (("optimizer", "return kernel and self._use_weight_decay", "return self._use_weight_decay"),),
   ),
   Mutation(
     "decay twice (L2 without the half)",
@@ -239,9 +239,8 @@ MUTATIONS = (
     (
       (
         "input_pipeline",
-        "tf.constant(train_examples - 1, tf.int64)",
-        "tf.constant(train_examples // recipe.global_batch_size * recipe.global_batch_size - 1, "
-        "tf.int64)",
+        "  last = train_examples - 1\n",
+        "  last = train_examples // recipe.global_batch_size * recipe.global_batch_size - 1\n",
       ),
     ),
   ),
