@@ -11,8 +11,8 @@ exit status is 1 if one fails, and what was measured is left in `--output` as JS
 
 Each property is measured where the others cannot blur it: the aggregation of gradients on a network
 without BN, weight decay where the loss has no gradient, the momentum with the rates that were
-really used. So the line that fails names the fault. Augmentation and evaluation, which do not depend
-on machines, are left to the tests.
+really used. So the line that fails names the fault. Augmentation and evaluation, whose arithmetic
+does not depend on machines, are left to the tests.
 """
 
 import dataclasses
