@@ -277,9 +277,17 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize(
-  "flag", ["--tasks=0", "--tasks=-2", "--module=no_such_module", "--module="]
+  "flag, said",
+  [
+    ("--tasks=0", "--tasks=0: "),
+    ("--tasks=-2", "--tasks=-2: "),
+    ("--tasks=two", "flag --tasks=two: "),
+    ("--module=no_such_module", "--module=no_such_module: "),
+    ("--module=", "--module=: "),
+    ("--seed=1", "Unknown command line flag 'seed'; what is for the tasks goes behind `--`"),
+  ],
 )
-def test_refuses_bad_flags_in_one_line(flag):
+def test_refuses_bad_flags_in_one_line(flag, said):
   result = subprocess.run(
     [sys.executable, "-m", "tools.launch_local", "--module=json.tool", flag],
     cwd=_ROOT,
@@ -289,5 +297,5 @@ def test_refuses_bad_flags_in_one_line(flag):
   )
   assert result.returncode == 1
   assert result.stdout == ""
-  assert result.stderr.startswith(f"error: {flag}: ")
+  assert result.stderr.startswith(f"error: {said}")
   assert result.stderr.count("\n") == 1

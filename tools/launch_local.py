@@ -219,6 +219,16 @@ def _launch(num_tasks: int, module: str, arguments: list[str]) -> int:
       return 128 + stop
 
 
+def _parse_or_exit(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    unknown = isinstance(error, flags.UnrecognizedFlagError)
+    hint = "; what is for the tasks goes behind `--`." if unknown else ""
+    print(f"error: {error}{hint}", file=sys.stderr)
+    sys.exit(1)
+
+
 def main(argv: list[str]) -> int:
   try:
     return _launch(flags.FLAGS.tasks, flags.FLAGS.module, argv[1:])
@@ -229,4 +239,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, flags_parser=_parse_or_exit)
