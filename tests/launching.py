@@ -1,5 +1,6 @@
 """How tests start several tasks, or a program, from the repository's root."""
 
+import json
 import os
 import signal
 import subprocess
@@ -34,6 +35,19 @@ def run_module(module, *arguments, cwd=ROOT, timeout=120):
     timeout=timeout,
     check=False,
   )
+
+
+def run_program(program):
+  """What the last line, JSON, of a Python program says."""
+  result = subprocess.run(
+    [sys.executable, "-c", program],
+    cwd=ROOT,
+    env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return json.loads(result.stdout.splitlines()[-1])
 
 
 def launch(tasks, module, *arguments):

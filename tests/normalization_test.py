@@ -1,11 +1,6 @@
 """`PerWorkerBatchNormalization` against loops over groups in NumPy float64."""
 
-import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import keras
 import ml_dtypes
@@ -13,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import tf_largebatch
+from tests.launching import run_program
 from tf_largebatch.normalization import PerWorkerBatchNormalization
 
 # By dtype policy: dtype of the images; tolerance of y and dx, of the gradients of gamma
@@ -310,15 +305,7 @@ def test_replicas_keep_equal_running_averages_where_stock_ones_drift_apart():
 
   Keras' own layer, which takes each replica for a group, leaves every replica its own averages.
   """
-  package = pathlib.Path(tf_largebatch.__file__).parent
-  result = subprocess.run(
-    [sys.executable, "-c", MIRRORED],
-    env={**os.environ, "PYTHONPATH": str(package.parent), "TF_CPP_MIN_LOG_LEVEL": "2"},
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  copies = json.loads(result.stdout.splitlines()[-1])
+  copies = run_program(MIRRORED)
   mean, variance = np.array(copies["ours"])
   # Means over four groups of mean (2, 12, 10, 60 …) and unbiased variance (2, 8; 50, 200; else 0).
   assert_close(mean, [[0.1 * 6, 0.1 * 18]] * 2, 1e-6)

@@ -1,18 +1,13 @@
 """`MomentumCorrectedSGD` against the paper's equations 9 and 10, written in NumPy float64."""
 
-import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-import tf_largebatch
+from tests.launching import run_program
 from tf_largebatch.optimizer import MomentumCorrectedSGD
 from tf_largebatch.schedule import LinearScalingSchedule
 
@@ -243,15 +238,7 @@ print(json.dumps([[copy.numpy().tolist() for copy in v.value.values] for v in va
 
 def test_replicas_decay_alike_in_fit():
   """Inputs of 0 leave the decay alone: w = 1 - 0.05 w, then with half of the momentum more."""
-  package = pathlib.Path(tf_largebatch.__file__).parent
-  result = subprocess.run(
-    [sys.executable, "-c", MIRRORED],
-    env={**os.environ, "PYTHONPATH": str(package.parent), "TF_CPP_MIN_LOG_LEVEL": "2"},
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  kernels, momenta = json.loads(result.stdout.splitlines()[-1])
+  kernels, momenta = run_program(MIRRORED)
   first = 0.1 * 0.5
   second = 0.5 * first + 0.1 * 0.5 * (1 - first)
   np.testing.assert_allclose(kernels, np.full((2, 2, 1), 1 - first - second), rtol=1e-6)
