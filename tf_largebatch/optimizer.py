@@ -115,17 +115,17 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
       "moves_gradient": moves * scale,  # w ← w − (moves_buffer · v + moves_gradient · g)
     }
     coefficients = {name: tf.convert_to_tensor(x, scale.dtype) for name, x in coefficients.items()}
+    indices = [self._get_variable_index(variable) for variable in trainable_variables]
     if self.momentum_correction:
-      self._rescale_absent(trainable_variables, factor)
+      self._rescale_absent(indices, factor)
     if not tf.distribute.in_cross_replica_context():
       # A replica's own gradients, as in `fit`: Keras sums them over the replicas (SUM, not mean).
       super()._backend_update_step(grads, trainable_variables, coefficients)
       return
     # The caller has summed them (`step`, in one reduction with all else): only update the copies.
-    indices = [self._get_variable_index(variable) for variable in trainable_variables]
     weights = [getattr(variable, "value", variable) for variable in trainable_variables]
     buffers = [self.momentums[index].value for index in indices]
-    decayed = [self._is_decayed(variable) for variable in trainable_variables]
+    decayed = [self._is_decayed(index) for index in indices]
 
     def update_all(_, weights, buffers, gradients, coefficients):
       for variables in zip(weights, buffers, gradients, decayed, strict=True):
@@ -142,18 +142,17 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     """Updates one variable; `learning_rate` holds the coefficients made from it above."""
     index = self._get_variable_index(variable)
     buffer = self.momentums[index].value
-    self._update(variable, buffer, gradient, self._is_decayed(variable), learning_rate)
+    self._update(variable, buffer, gradient, self._is_decayed(index), learning_rate)
 
-  def _is_decayed(self, variable) -> bool:
-    # A replica's copy has a name of its own ("kernel/replica_1"): the variable's own counts.
-    variable = self._trainable_variables[self._get_variable_index(variable)]
+  def _is_decayed(self, index: int) -> bool:
+    # By index, for a replica's copy has a name of its own ("kernel/replica_1").
+    variable = self._trainable_variables[index]
     kernel = variable.name.split(":")[0].endswith("kernel")
     return kernel and self._use_weight_decay(variable)
 
-  def _rescale_absent(self, present, factor):
+  def _rescale_absent(self, present: list[int], factor):
     """Takes the buffers of variables that sit this step out to its rate: u stays as it is."""
-    indices = {self._get_variable_index(variable) for variable in present}
-    absent = [b.value for index, b in enumerate(self.momentums) if index not in indices]
+    absent = [b.value for index, b in enumerate(self.momentums) if index not in set(present)]
     if not absent:
       return
 

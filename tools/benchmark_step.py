@@ -388,6 +388,7 @@ def product_flops(gpu: bool) -> float:
   return 8 * 2 * _PRODUCT_SIDE["gpu" if gpu else "cpu"] ** 3
 
 
+@functools.cache  # Contenders often differ in how alone.
 def count_work(recipe: Recipe) -> dict[str, int]:
   """ "flops" of one image's forward and backward pass, "parameters" that are trained."""
   import keras

@@ -470,8 +470,8 @@ def read_points(path: str) -> list[tuple[float, float, int]]:
 def step_of_flags(values) -> tuple[Step, int]:
   """The step, and the workers of its replica."""
   network, image_size, size = values.network, values.image_size, values.gradient_bytes
-  workers, images, seconds, jitter = 1, values.images_per_gpu, values.step_seconds, 0.0
-  passes = 1
+  workers, passes, jitter = 1, 1, 0.0
+  images, seconds = values.images_per_gpu, values.step_seconds
   if values.measured:
     path = values.measured
     whole = ("image_size", "per_worker_batch_size", "workers", "passes", "tasks", "steps")
@@ -491,9 +491,8 @@ def step_of_flags(values) -> tuple[Step, int]:
       # By the width of the middle half, as of a normal: a first, slow step is no jitter.
       low, middle, high = statistics.quantiles(each, n=4, method="inclusive")
       jitter = (high - low) / (2 * statistics.NormalDist().inv_cdf(0.75)) / middle
-      jitter *= math.sqrt(
-        found["steps"]
-      )  # Each is the mean of so many steps, taken as independent.
+      # Each is the mean of so many steps, which are taken as independent.
+      jitter *= math.sqrt(found["steps"])
   if seconds is None:
     raise UserError("Give --measured=FILE or --step_seconds=SECONDS (or --paper).")
   step = Step(
