@@ -31,16 +31,18 @@ from absl import flags
 from absl.testing import flagsaver
 from hypothesis import strategies as st
 
-from tf_largebatch import sources, train, training
-from tf_largebatch.bad_examples import BadExamples
-from tf_largebatch.checkpoint import Checkpoints, Manifest
-from tf_largebatch.cluster import Cluster, read_cluster
+from tests.launching import ROOT
+from tf_largebatch import train
+from tf_largebatch.data import sources
+from tf_largebatch.distributed.cluster import Cluster, read_cluster
 from tf_largebatch.errors import UserError
-from tf_largebatch.metrics import MetricsWriter, read_metrics
-from tf_largebatch.optimizer import MomentumCorrectedSGD
+from tf_largebatch.optim.sgd import MomentumCorrectedSGD
 from tf_largebatch.recipe import Recipe
+from tf_largebatch.training import trainer
+from tf_largebatch.training.bad_examples import BadExamples
+from tf_largebatch.training.checkpoint import Checkpoints, Manifest
+from tf_largebatch.training.metrics import MetricsWriter, read_metrics
 
-_ROOT = pathlib.Path(__file__).parent.parent
 _SMALL = (
   "--dataset=synthetic",
   "--train_split=train[:40]",
@@ -76,7 +78,7 @@ def run_program(*arguments, **environment):
   """The program's status and the lines of its standard error."""
   finished = subprocess.run(
     [sys.executable, "-m", "tf_largebatch.train", *arguments],
-    cwd=_ROOT,
+    cwd=ROOT,
     env={**os.environ, **environment},
     capture_output=True,
     encoding="utf-8",
@@ -265,7 +267,7 @@ def whole_run(tmp_path_factory):
   """A work directory as the small recipe leaves it, but that another network was saved there."""
   directory = tmp_path_factory.mktemp("runs") / "whole"
   directory.mkdir()
-  recipe = training.resolve(recipe_of(*_SMALL), 1, "")
+  recipe = trainer.resolve(recipe_of(*_SMALL), 1, "")
   (directory / "recipe.json").write_text(json.dumps({"recipe": recipe.to_dict()}))
   (directory / "flags.txt").write_text(recipe.to_flagfile())
   records = [
@@ -565,9 +567,9 @@ def test_a_damaged_metrics_file_does_not_end_a_run(run_dir, caplog):
 
 def test_a_checkpoint_past_the_end(run_dir, capfd):
   """Of another run, put there by hand."""
-  recipe = training.resolve(recipe_of(*_SMALL), 1, "")
-  model = training.build_model(recipe, 1000)
-  optimizer = training.build_optimizer(recipe, 40)
+  recipe = trainer.resolve(recipe_of(*_SMALL), 1, "")
+  model = trainer.build_model(recipe, 1000)
+  optimizer = trainer.build_optimizer(recipe, 40)
   optimizer.build(model.trainable_variables)
   checkpoints = Checkpoints(str(run_dir / "checkpoints"), model, optimizer)
   checkpoints.save(3, 1.0)
@@ -677,9 +679,9 @@ def recipe_and_what_follows(arguments):
   train.parse_flags(["train", *arguments], values)
   recipe = train.recipe_from_flags(values)
   recipe = dataclasses.replace(recipe, workers=recipe.workers or 8)
-  derived = training.derive(recipe, 1_281_167, 1)
+  derived = trainer.derive(recipe, 1_281_167, 1)
   assert math.isfinite(derived["peak_learning_rate"]) and derived["total_steps"] > 0
-  training.build_optimizer(recipe, 1_281_167).learning_rate  # noqa: B018 - Computes the rate.
+  trainer.build_optimizer(recipe, 1_281_167).learning_rate  # noqa: B018 - Computes the rate.
   assert train.recipe_from_flags(values) == Recipe(**recipe.to_dict() | {"workers": values.workers})
   return recipe
 
@@ -702,11 +704,11 @@ def test_any_work_directory_is_a_run_or_refused(whole_run, data, name):
     shutil.copytree(whole_run, directory, dirs_exist_ok=True)
     (directory / name).write_bytes(data.draw(mutated((whole_run / name).read_bytes())))
     before = contents(directory)
-    recipe = training.resolve(recipe_of(*_SMALL), 1, "")
+    recipe = trainer.resolve(recipe_of(*_SMALL), 1, "")
     for workers in (None, 2):
       given = dataclasses.replace(recipe, workers=workers)
-      one_line(training._with_workers_of_the_run, given, str(directory))
-    result = one_line(training.find_run, str(directory), recipe, {"name": "synthetic"})
+      one_line(trainer._with_workers_of_the_run, given, str(directory))
+    result = one_line(trainer.find_run, str(directory), recipe, {"name": "synthetic"})
     assert result is None or result["status"] == "complete"
     assert contents(directory) == before
 

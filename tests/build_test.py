@@ -1,55 +1,41 @@
-"""`BUILD` against what the sources import, and the house's rules of who may import whom."""
+"""`BUILD` agrees with the sources, and imports between folders go down only."""
 
 import ast
 import collections
 import functools
 import itertools
-import pathlib
 import sys
 
 import pytest
 
-_ROOT = pathlib.Path(__file__).parent.parent
+from tests.launching import ROOT
 
-# Imports go down only: every module may import those of lower floors.
+# Folders of the package, and the modules beside them, from the ground up. A module may import what
+# lies on lower floors and, in a folder, its neighbours.
 _FLOORS = (
-  {"errors", "recipe"},
-  {"files", "preemption"},
-  {
-    "cluster",
-    "input_pipeline",
-    "loss_scale",
-    "metrics",
-    "normalization",
-    "optimizer",
-    "preparation",
-    "record_index",
-    "resnet",
-    "schedule",
-    "sources",
-  },
-  {"bad_examples", "checkpoint", "step"},
+  {"errors", "fields", "files", "signals"},
+  {"recipe", "options"},
+  {"command_line"},
+  {"data", "distributed", "models", "optim"},
   {"training"},
   {"train"},
 )
-# The imports that stay on a floor.
-_SIDEWAYS = {("recipe", "errors"), ("sources", "record_index"), ("input_pipeline", "sources")}
-# What runs as a process of its own without `-m` beside it in the source.
+# Imported where TensorFlow must not be, yet.
+_LIGHT = {"tf_largebatch", "errors", "fields", "signals", "recipe", "options"}
+# The modules of the package that know absl's flags; the second is its one program.
+_KNOW_FLAGS = {"tf_largebatch.command_line", "tf_largebatch.train"}
+# What a program runs as a process without `-m` beside the name in its source.
 _RUN = {"tools.launch_local": {"tf_largebatch.train"}}  # The default of its flag --module.
-# The one module of the package that knows flags, and so the one that is a program.
-_PROGRAM = "tf_largebatch.train"
-# What tools and tests share: a library, though it lives with the programs.
-_LIBRARIES = {"tools.reference"}
-# Files that all tests share are no module of one target: a filegroup holds them.
-_TEST_SUPPORT = {"tests/__init__.py", "tests/conftest.py", "tests/pytest_main.py"}
+# What each py_test needs and no module imports; a filegroup holds it.
+TEST_SUPPORT = {"tests/conftest.py", "tests/pytest_main.py"}
 
 
 def read_tree():
   """`BUILD` and every Python source, by path."""
-  paths = [_ROOT / "BUILD"]
+  paths = [ROOT / "BUILD"]
   for folder in ("tests", "tf_largebatch", "tools"):
-    paths += (_ROOT / folder).rglob("*.py")
-  return {path.relative_to(_ROOT).as_posix(): path.read_text() for path in paths}
+    paths += (ROOT / folder).rglob("*.py")
+  return {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
 
 
 def sources(tree):
@@ -59,7 +45,7 @@ def sources(tree):
   return dict(zip((stem.replace("/", ".") for stem in stems), paths, strict=True))
 
 
-@functools.cache  # The same sources are read for every check and every case.
+@functools.cache  # Every check and every case reads the same sources.
 def names(text):
   """What a source imports, at the top or in a function, and runs by `-m` or `run_module`."""
   found = []
@@ -90,7 +76,7 @@ def needed(tree, module):
 
 
 def targets(tree):
-  """The calls of `BUILD`, a (kind, arguments) each; what is no literal (a glob) is None."""
+  """The calls of `BUILD`, a (kind, arguments) each; what is not a literal (a glob) is None."""
   for node in ast.parse(tree["BUILD"]).body:
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
       arguments = {}
@@ -103,7 +89,7 @@ def targets(tree):
 
 
 def label(module):
-  return ":" + module.rpartition(".")[2]
+  return ":" + module.replace(".", "/")
 
 
 def is_test(module):
@@ -111,79 +97,91 @@ def is_test(module):
   return module.startswith("tests.") and module.endswith("_test")
 
 
+def is_test_support(path):
+  return path in TEST_SUPPORT or (path.startswith("tests/") and path.endswith("/__init__.py"))
+
+
+def kind_of(module, text):
+  if is_test(module):
+    return "pytest_test"
+  return "py_binary" if '\nif __name__ == "__main__":\n' in text else "py_library"
+
+
 def target_problems(tree):
   """Each source has one target, of its name and of the right kind, and each target its source."""
   known = sources(tree)
   owners = collections.defaultdict(list)
   for kind, arguments in targets(tree):
-    for path in arguments.get("srcs") or ():
-      if path.endswith(".py"):
-        owners[path].append((kind, ":" + arguments["name"]))
-        if path not in tree:
-          yield f"{path} has a target but is not there"
+    paths = arguments.get("srcs") or ()
+    if kind == "pytest_test":
+      paths = [arguments["name"] + ".py"]
+    for path in paths:
+      owners[path].append((kind, ":" + arguments["name"]))
+      if path.endswith(".py") and path not in tree:
+        yield f"{path} has a target but is not there"
   for module, path in known.items():
-    if path in _TEST_SUPPORT:
-      expected = ("filegroup", ":pytest_main")
-    elif is_test(module):
-      expected = ("py_test", label(module))
-    elif path.endswith("/__init__.py") or module in _LIBRARIES:
-      expected = ("py_library", label(module))
-    elif module == _PROGRAM or module.startswith("tools."):
-      expected = ("py_binary", label(module))
-    else:
-      expected = ("py_library", label(module))
+    if is_test_support(path):
+      continue
+    expected = (kind_of(module, tree[path]), label(module))
     if owners[path] != [expected]:
       yield f"{path} has the targets {owners[path]}, not {expected}"
 
 
+def expected_dependencies(tree, module):
+  """What a module imports or runs, and its own packages, which Python imports first."""
+  expected = {label(name) for name in needed(tree, module)}
+  package = module.rpartition(".")[0]
+  if package and not module.startswith("tests."):
+    expected.add(label(package))
+  return expected - {label("tests")}
+
+
 def dependency_problems(tree):
-  """deps are what the sources import, and a module's own package, which Python imports first."""
-  rules = {}
-  for kind, arguments in targets(tree):
-    if kind.startswith("py_"):
-      rules[":" + arguments["name"]] = arguments
-  for module, path in sources(tree).items():
-    if path in _TEST_SUPPORT or label(module) not in rules:
-      continue
-    rule = rules[label(module)]
-    expected = {label(name) for name in needed(tree, module)}
-    package = module.rpartition(".")[0]
-    if is_test(module):
-      # The package of the tests comes with the program that runs them.
-      program = {"main": "tests/pytest_main.py", "args": [path], "srcs": [path, ":pytest_main"]}
-      for name, value in program.items():
-        if rule.get(name) != value:
-          yield f"{label(module)} has {name} = {rule.get(name)}, not {value}"
-    elif package != "tests":
-      expected |= {label(package)} if package else set()
-    given = rule.get("deps", [])
-    if sorted(given) != sorted(expected):
-      yield f"{label(module)} has deps {sorted(given)}, not {sorted(expected)}"
+  rules = {
+    ":" + arguments["name"]: arguments
+    for kind, arguments in targets(tree)
+    if kind in ("py_binary", "py_library", "pytest_test")
+  }
+  for module in sources(tree):
+    if label(module) in rules:
+      given = rules[label(module)].get("deps", [])
+      expected = expected_dependencies(tree, module)
+      if sorted(given) != sorted(expected):
+        yield f"{label(module)} has deps {sorted(given)}, not {sorted(expected)}"
+
+
+def floor_of(module):
+  """(floor, folder or module of the package); None for what is outside of the package."""
+  part = module.removeprefix("tf_largebatch.").partition(".")[0]
+  found = [floor for floor, parts in enumerate(_FLOORS) if part in parts]
+  return (found[0], part) if module.startswith("tf_largebatch.") and found else None
 
 
 def floor_problems(tree):
-  """Imports go down only, and those of the package stay in it."""
-  floors = {f"tf_largebatch.{name}": i for i, names in enumerate(_FLOORS) for name in names}
-  modules = {name for name in sources(tree) if name.startswith("tf_largebatch.")}
-  for module in sorted(modules ^ set(floors)):
-    yield f"{module} is only in one of the package and the table of floors"
-  sideways = {tuple(f"tf_largebatch.{name}" for name in pair) for pair in _SIDEWAYS}
-  for module in sorted(modules & set(floors)):
-    for other in sorted(needed(tree, module)):
-      if (module, other) not in sideways and floors.get(other, len(floors)) >= floors[module]:
+  for module in sources(tree):
+    if not module.startswith("tf_largebatch."):
+      continue
+    place = floor_of(module)
+    if place is None:
+      yield f"{module} is on no floor"
+      continue
+    for other in sorted(needed(tree, module) - {"tf_largebatch"}):
+      below = floor_of(other)
+      neighbours = below == place and module.count(".") > 1
+      if not neighbours and (below is None or below[0] >= place[0]):
         yield f"{module} imports {other}, which is not below it"
 
 
 def foreign_problems(tree):
-  """Flags are the programs' alone, floor 0 is standard library only, no import is relative."""
+  """absl's flags are the programs' alone, some modules are light, no import is relative."""
   for module, path in sources(tree).items():
     imports = names(tree[path])
     if any(name.startswith(".") for name in imports):
       yield f"{module} has a relative import"
     knows_flags = any(f"{name}.".startswith("absl.flags.") for name in imports)
-    if knows_flags and module.startswith("tf_largebatch") and module != _PROGRAM:
+    if knows_flags and module.startswith("tf_largebatch") and module not in _KNOW_FLAGS:
       yield f"{module} imports absl.flags"
-    if module in {f"tf_largebatch.{name}" for name in _FLOORS[0]}:
+    if module.startswith("tf_largebatch") and module.removeprefix("tf_largebatch.") in _LIGHT:
       allowed = {*sys.stdlib_module_names, "tf_largebatch"}
       for name in imports:
         if name.partition(".")[0] not in allowed:
@@ -203,13 +201,14 @@ def test_the_tree_is_not_empty():
   tree = read_tree()
   assert {"tf_largebatch/train.py", "tools/launch_local.py", "tests/build_test.py"} <= set(tree)
   assert needed(tree, "tf_largebatch.errors") == set()
-  assert needed(tree, "tf_largebatch.recipe") == {"tf_largebatch.errors"}
+  assert "tf_largebatch.errors" in needed(tree, "tf_largebatch.recipe")
   # In a function, and by the name that a subprocess is given.
-  assert "tf_largebatch.training" in needed(tree, "tf_largebatch.train")
-  assert needed(tree, "tests.launch_local_test") >= {"tools.launch_local"}
+  assert "tf_largebatch.training.trainer" in needed(tree, "tf_largebatch.train")
+  assert needed(tree, "tests.tools.launch_local_test") >= {"tools.launch_local"}
 
 
-_OPTIMIZER, _RECIPE = "tf_largebatch/optimizer.py", "tf_largebatch/recipe.py"
+_SGD, _RECIPE = "tf_largebatch/optim/sgd.py", "tf_largebatch/recipe.py"
+_SGD_LABEL = ":tf_largebatch/optim/sgd"
 _BELOW = "which is not below it"
 
 
@@ -220,21 +219,21 @@ _BELOW = "which is not below it"
       "tf_largebatch/utils.py",
       "",
       [
-        "tf_largebatch/utils.py has the targets [], not ('py_library', ':utils')",
-        "tf_largebatch.utils is only in one of the package and the table of floors",
+        "tf_largebatch/utils.py has the targets [], not ('py_library', ':tf_largebatch/utils')",
+        "tf_largebatch.utils is on no floor",
       ],
       id="new module",
     ),
     pytest.param(
-      "tests/new_test.py",
+      "tests/data/new_test.py",
       "",
-      ["tests/new_test.py has the targets [], not ('py_test', ':new_test')"],
+      ["tests/data/new_test.py has the targets [], not ('pytest_test', ':tests/data/new_test')"],
       id="new test",
     ),
     pytest.param(
       "tools/new.py",
-      "",
-      ["tools/new.py has the targets [], not ('py_binary', ':new')"],
+      '\nif __name__ == "__main__":\n  pass',
+      ["tools/new.py has the targets [], not ('py_binary', ':tools/new')"],
       id="new tool",
     ),
     pytest.param(
@@ -245,86 +244,94 @@ _BELOW = "which is not below it"
     ),
     pytest.param(
       "BUILD",
-      'py_library(name = "sgd", srcs = ["tf_largebatch/optimizer.py"])',
+      'pytest_test(name = "tests/gone_test")',
+      ["tests/gone_test.py has a target but is not there"],
+      id="test without source",
+    ),
+    pytest.param(
+      "BUILD",
+      'py_library(name = "sgd", srcs = ["tf_largebatch/optim/sgd.py"])',
       [
-        "tf_largebatch/optimizer.py has the targets [('py_library', ':optimizer'), "
-        "('py_library', ':sgd')], not ('py_library', ':optimizer')"
+        f"tf_largebatch/optim/sgd.py has the targets [('py_library', '{_SGD_LABEL}'), "
+        f"('py_library', ':sgd')], not ('py_library', '{_SGD_LABEL}')"
       ],
       id="two targets",
     ),
     pytest.param(
-      _OPTIMIZER,
-      "from tf_largebatch.errors import UserError",
-      [":optimizer has deps [':tf_largebatch'], not [':errors', ':tf_largebatch']"],
+      _SGD,
+      "from tf_largebatch import files",
+      [
+        f"{_SGD_LABEL} has deps [':tf_largebatch/optim'], not "
+        "[':tf_largebatch/files', ':tf_largebatch/optim']"
+      ],
       id="missing dependency",
     ),
     pytest.param(
-      _OPTIMIZER,
-      "def f():\n  from tf_largebatch import errors",
-      [":optimizer has deps [':tf_largebatch'], not [':errors', ':tf_largebatch']"],
+      _SGD,
+      "def f():\n  from tf_largebatch import files",
+      [
+        f"{_SGD_LABEL} has deps [':tf_largebatch/optim'], not "
+        "[':tf_largebatch/files', ':tf_largebatch/optim']"
+      ],
       id="missing dependency of a function",
     ),
     pytest.param(
       "BUILD",
-      'py_library(name = "optimizer", deps = [":errors", ":tf_largebatch"])',
-      [":optimizer has deps [':errors', ':tf_largebatch'], not [':tf_largebatch']"],
+      'py_library(name = "tf_largebatch/optim/sgd", '
+      'deps = [":tf_largebatch/files", ":tf_largebatch/optim"])',
+      [
+        f"{_SGD_LABEL} has deps [':tf_largebatch/files', ':tf_largebatch/optim'], not "
+        "[':tf_largebatch/optim']"
+      ],
       id="needless dependency",
     ),
     pytest.param(
-      "BUILD",
-      'py_test(name = "build_test", args = ["tests/flags_test.py"], main = "tests/pytest_main.py", '
-      'srcs = ["tests/build_test.py", ":pytest_main"])',
+      _SGD,
+      "from tf_largebatch.models import resnet",
       [
-        "tests/build_test.py has the targets [('py_test', ':build_test'), "
-        "('py_test', ':build_test')], not ('py_test', ':build_test')",
-        ":build_test has args = ['tests/flags_test.py'], not ['tests/build_test.py']",
+        f"{_SGD_LABEL} has deps [':tf_largebatch/optim'], not "
+        "[':tf_largebatch/models/resnet', ':tf_largebatch/optim']",
+        f"tf_largebatch.optim.sgd imports tf_largebatch.models.resnet, {_BELOW}",
       ],
-      id="test that runs another",
+      id="import of another folder on the floor",
     ),
     pytest.param(
-      _OPTIMIZER,
-      "from tf_largebatch.schedule import LinearScalingSchedule",
+      _SGD,
+      "from tf_largebatch.training import trainer",
       [
-        ":optimizer has deps [':tf_largebatch'], not [':schedule', ':tf_largebatch']",
-        f"tf_largebatch.optimizer imports tf_largebatch.schedule, {_BELOW}",
-      ],
-      id="import on the same floor",
-    ),
-    pytest.param(
-      _OPTIMIZER,
-      "from tf_largebatch import training",
-      [
-        ":optimizer has deps [':tf_largebatch'], not [':tf_largebatch', ':training']",
-        f"tf_largebatch.optimizer imports tf_largebatch.training, {_BELOW}",
+        f"{_SGD_LABEL} has deps [':tf_largebatch/optim'], not "
+        "[':tf_largebatch/optim', ':tf_largebatch/training/trainer']",
+        f"tf_largebatch.optim.sgd imports tf_largebatch.training.trainer, {_BELOW}",
       ],
       id="import upwards",
     ),
     pytest.param(
-      _OPTIMIZER,
+      _SGD,
       "COMMAND = ['-m', 'tools.launch_local']",
       [
-        ":optimizer has deps [':tf_largebatch'], not [':launch_local', ':tf_largebatch']",
-        f"tf_largebatch.optimizer imports tools.launch_local, {_BELOW}",
+        f"{_SGD_LABEL} has deps [':tf_largebatch/optim'], not "
+        "[':tf_largebatch/optim', ':tools/launch_local']",
+        f"tf_largebatch.optim.sgd imports tools.launch_local, {_BELOW}",
       ],
       id="tool",
     ),
     pytest.param(
-      _OPTIMIZER,
+      _SGD,
       "from . import errors",
-      ["tf_largebatch.optimizer has a relative import"],
+      ["tf_largebatch.optim.sgd has a relative import"],
       id="relative import",
     ),
     pytest.param(
-      _OPTIMIZER,
+      _SGD,
       "from absl import flags",
-      ["tf_largebatch.optimizer imports absl.flags"],
+      ["tf_largebatch.optim.sgd imports absl.flags"],
       id="flags",
     ),
     pytest.param(
       _RECIPE,
       "import numpy as np",
       ["tf_largebatch.recipe imports numpy, which is not of the standard library"],
-      id="floor 0",
+      id="light",
     ),
   ],
 )

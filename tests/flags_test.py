@@ -2,17 +2,16 @@
 
 import copy
 import dataclasses
-import pathlib
 import re
 import shlex
 
 import pytest
 from absl import flags
 
+from tests.launching import ROOT
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.train import recipe_from_flags
 
-_ROOT = pathlib.Path(__file__).parent.parent
 _TRAIN_EXAMPLES = {"imagenet2012": 1_281_167, "cifar10": 50_000, "fashion_mnist": 60_000}
 
 # By hand: kn, k, peak rate, steps an epoch, steps, warmup, last gamma, network.
@@ -121,20 +120,20 @@ def parse(*arguments):
 
 def split(name):
   """The comment that heads a flagfile, as text, and its other lines."""
-  lines = (_ROOT / "flags" / f"{name}.flags").read_text().splitlines()
+  lines = (ROOT / "flags" / f"{name}.flags").read_text().splitlines()
   body = next(i for i, line in enumerate(lines) if not line.startswith("#"))
   return "\n".join(line.removeprefix("#").strip() for line in lines[:body]), lines[body:]
 
 
 def test_the_tables_and_the_folder_hold_the_same_names():
-  names = {path.name for path in (_ROOT / "flags").iterdir()}
+  names = {path.name for path in (ROOT / "flags").iterdir()}
   assert names == {f"{name}.flags" for name in _DERIVED}
   assert {name for name in _DERIVED if name.startswith("imagenet_")} == set(_PAPER_ERRORS)
 
 
 @pytest.mark.parametrize("name", _DERIVED)
 def test_derived_values(name):
-  recipe = recipe_from_flags(parse(f"--flagfile={_ROOT}/flags/{name}.flags"))
+  recipe = recipe_from_flags(parse(f"--flagfile={ROOT}/flags/{name}.flags"))
   kn, k, peak, steps_per_epoch, steps, warmup, last_gamma, network = _DERIVED[name]
   assert (recipe.global_batch_size, recipe.workers) == (int(kn), int(k))
   assert recipe.peak_learning_rate == pytest.approx(float(peak), rel=1e-12)
@@ -147,7 +146,7 @@ def test_derived_values(name):
 
 @pytest.mark.parametrize("name", _PAPER_ERRORS)
 def test_rows_of_the_paper_share_all_else(name):
-  recipe = recipe_from_flags(parse(f"--flagfile={_ROOT}/flags/{name}.flags"))
+  recipe = recipe_from_flags(parse(f"--flagfile={ROOT}/flags/{name}.flags"))
   varied = {field: getattr(recipe, field) for field in _VARIED}
   assert recipe == Recipe(**_IMAGENET, **varied)
   # The warmup starts from η, so the row's own η counts and not its peak rate alone.
@@ -169,7 +168,7 @@ def test_the_header_holds_the_command(name, monkeypatch):
   words = shlex.split(re.search(r"^python .*$", header.replace("\\\n", ""), re.MULTILINE)[0])
   assert words[:3] == ["python", "-m", "tf_largebatch.train"]
   assert f"--flagfile=flags/{name}.flags" in words
-  monkeypatch.chdir(_ROOT)  # Where a reader runs it.
+  monkeypatch.chdir(ROOT)  # Where a reader runs it.
   values = parse(*words[3:])
   assert values.work_dir == f"runs/{name}"
   assert recipe_from_flags(values).global_batch_size == int(_DERIVED[name][0])

@@ -2,12 +2,13 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 # A run of seconds.

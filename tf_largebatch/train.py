@@ -18,10 +18,10 @@ import sys
 
 from absl import app, flags, logging
 
-from tf_largebatch.cluster import read_cluster
+from tf_largebatch.distributed.cluster import read_cluster
 from tf_largebatch.errors import InterruptedRunError, UserError, first_line
-from tf_largebatch.preemption import StopRequest, end_process, tell
 from tf_largebatch.recipe import Recipe
+from tf_largebatch.signals import StopRequest, end_process, tell
 
 _DEFINE = {
   bool: flags.DEFINE_boolean,
@@ -210,10 +210,10 @@ def _train(argv, stop: StopRequest) -> int:
   step_options = step_options_from_flags()
   set_environment(recipe)
   # Only now, for TensorFlow takes seconds to import and a user's mistake should not wait for it.
-  from tf_largebatch import step, training
+  from tf_largebatch.training import step, trainer
 
   work_dir = os.path.expanduser(flags.FLAGS.work_dir)
-  result = training.train_and_evaluate(
+  result = trainer.train_and_evaluate(
     recipe,
     data_dir=os.path.expanduser(flags.FLAGS.data_dir),
     work_dir=work_dir,

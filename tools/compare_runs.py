@@ -317,7 +317,7 @@ def read_run(work_dir: str, recipe: Recipe) -> Run:
     UserError: nothing was evaluated yet, or a file is damaged.
   """
   # Only now, for it imports TensorFlow, and most mistakes are found before.
-  from tf_largebatch.metrics import read_metrics
+  from tf_largebatch.training.metrics import read_metrics
 
   path = os.path.join(work_dir, "result.json")
   complete = os.path.exists(path)

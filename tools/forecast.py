@@ -42,7 +42,7 @@ _POSITIVE_FLAGS = (
 
 
 def define_flags():
-  flags.DEFINE_string("measured", None, "JSON of tools.benchmark_step: a replica's step.")
+  flags.DEFINE_string("measured", None, "JSON of tools.benchmark.step: a replica's step.")
   flags.DEFINE_float("step_seconds", None, "A GPU's step without communication, seconds.")
   flags.DEFINE_float("backward_share", 2 / 3, "Backprop's share of a pass.")
   flags.DEFINE_float(
@@ -64,7 +64,7 @@ def define_flags():
   flags.DEFINE_float("network_overhead", 15 / 12.8, "Bits sent for a bit of gradients (§4).")
   flags.DEFINE_float("network_latency", 5e-5, "Of a message between servers, seconds.")
   flags.DEFINE_enum("algorithm", "auto", [*ALGORITHMS, "auto"], "auto: the cheapest.")
-  flags.DEFINE_list("allreduce", [], "JSON of tools.benchmark_allreduce: the network is fitted.")
+  flags.DEFINE_list("allreduce", [], "JSON of tools.benchmark.allreduce: the network is fitted.")
   flags.DEFINE_list("gpus", _GPUS, "p, the first one is compared with.")
   flags.DEFINE_float("epochs", 90, "Of a run.")
   flags.DEFINE_integer("epoch_examples", 1_281_167, "Images of an epoch.")
@@ -211,7 +211,7 @@ def usual_classes(network: str) -> int:
 def network_layers(network: str, image_size: int) -> list[tuple[int, int]]:
   """(trainable parameters, multiplications for an image) of each layer, first to last.
 
-  A layer is a convolution with its BN, or the dense one. The networks of `tf_largebatch.resnet`,
+  A layer is a convolution with its BN, or the dense one. The networks of `models.resnet`,
   which Keras would take seconds to build, for their `usual_classes`.
   """
   found = []
@@ -431,7 +431,7 @@ def whole_numbers(name: str, words: list[str]) -> list[int]:
 def read_json(path: str, whole: tuple[str, ...], numbers: tuple[str, ...], items: str) -> dict:
   """The object of a file, with these positive whole numbers, these numbers and this list.
 
-  Of several "contenders" (`tools.benchmark_step`) it is the first.
+  Of several "contenders" (`tools.benchmark.step`) it is the first.
   """
   try:
     with open(path, encoding="utf-8") as file:
@@ -448,7 +448,7 @@ def read_json(path: str, whole: tuple[str, ...], numbers: tuple[str, ...], items
 
 
 def read_points(path: str) -> list[tuple[float, float, int]]:
-  """(bytes, seconds, peers) of each all-reduce in a file of tools.benchmark_allreduce.
+  """(bytes, seconds, peers) of each all-reduce in a file of tools.benchmark.allreduce.
 
   Raises:
     UserError: it is none, or was measured on several replicas of a task: their ring goes within a

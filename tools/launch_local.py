@@ -31,7 +31,7 @@ import time
 from absl import app, flags
 
 from tf_largebatch.errors import UserError
-from tf_largebatch.preemption import next_signal
+from tf_largebatch.signals import next_signal
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NEED_THE_USER = (1, 2)  # Statuses of a mistake that the next start would make again.

@@ -4,7 +4,7 @@
 
 takes any data set of TensorFlow Datasets (TFDS), as `name`, `name/config` or `name/config:version`.
 CIFAR-10 and Fashion-MNIST come even where only package registries answer. ImageNet (`imagenet2012`)
-is prepared from its two official tars, or those of `tools.make_photographs`, in
+is prepared from its two official tars, or those of `tools.datasets.make_photographs`, in
 DATA_DIR/downloads/manual.
 
 Training prepares by itself what is missing. This program does it before, for instance on the one
@@ -18,7 +18,7 @@ import sys
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
-from tf_largebatch import preparation
+from tf_largebatch.data import preparation
 from tf_largebatch.errors import UserError
 
 

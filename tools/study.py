@@ -45,8 +45,8 @@ from absl import app, flags
 
 from tf_largebatch import train
 from tf_largebatch.errors import UserError, first_line
-from tf_largebatch.preemption import next_signal
 from tf_largebatch.recipe import Recipe
+from tf_largebatch.signals import next_signal
 
 _STUDIES = pathlib.Path(__file__).parent / "studies"
 _RECIPE_FLAGS = {field.name for field in dataclasses.fields(Recipe)}

@@ -5,9 +5,10 @@ r"""Checks on your own machines, devices and collectives that the recipe is comp
 
 Runs under the same launch as a training run: alone, or on each machine with its `TF_CONFIG`. A
 small problem in float32 goes through the package's own input pipeline, step, optimizer and
-collectives, on all devices; each property of the paper's recipe is compared with `tools.reference`,
-the equations in NumPy float64, and gets one line with the measured deviation and its limit. The
-exit status is 1 if one fails, and what was measured is left in `--output` as JSON.
+collectives, on all devices; each property of the paper's recipe is compared with
+`conformance.reference`, the equations in NumPy float64, and gets one line with the measured
+deviation and its limit. The exit status is 1 if one fails, and what was measured is left in
+`--output` as JSON.
 
 Each property is measured where the others cannot blur it: the aggregation of gradients on a network
 without BN, weight decay where the loss has no gradient, the momentum with the rates that were
@@ -33,10 +34,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 from absl import app, flags
 
-from tf_largebatch.cluster import describe, make_strategy, read_cluster
+from tf_largebatch.distributed.cluster import describe, make_strategy, read_cluster
 from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
-from tools import reference
+from tools.conformance import reference
 
 CLASSES = 10
 SIDE = 8
@@ -162,7 +163,7 @@ def make_examples(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
 def make_parameters(network: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
   """Weights and moving statistics by name to start from, float32 values, none of them at rest.
 
-  Empty for the package's networks, which start from what `training.build_model` gave them.
+  Empty for the package's networks, which start from what `trainer.build_model` gave them.
   """
   rng = np.random.default_rng(2)
   shapes = {"plain": {"conv1": (3, 3, 3, 8), "conv2": (3, 3, 8, 12), "logits": (12, CLASSES)}}
@@ -205,11 +206,11 @@ def build_network(network: str, recipe: Recipe, loss_scale: float = 1.0):
   """
   import keras
 
-  from tf_largebatch import training
-  from tf_largebatch.normalization import PerWorkerBatchNormalization
+  from tf_largebatch.models.normalization import PerWorkerBatchNormalization
+  from tf_largebatch.training import trainer
 
   if network == recipe.network:
-    return training.build_model(recipe, CLASSES)
+    return trainer.build_model(recipe, CLASSES)
   dtype = recipe.dtype
 
   def convolution(x, filters, size, strides, name):
@@ -270,12 +271,13 @@ def observe(
   """
   import tensorflow as tf
 
-  from tf_largebatch import sources, step, training
+  from tf_largebatch.data import sources
+  from tf_largebatch.training import step, trainer
 
   source = sources.ArraySource(*make_examples(recipe), CLASSES)
   with strategy.scope():
     model = build_network(network, recipe, loss_scale)
-    optimizer = training.build_optimizer(recipe, source.num_examples)
+    optimizer = trainer.build_optimizer(recipe, source.num_examples)
     optimizer.build(model.trainable_variables)
   weights, statistics = make_parameters(network)
   for variable in model.weights:
@@ -297,7 +299,7 @@ def observe(
       largest.append(tf.reduce_max(tf.abs(mine - first)))
     return tf.reduce_max(tf.stack(largest))
 
-  batches = iter(training.distribute_train_dataset(strategy, recipe, source, first_step))
+  batches = iter(trainer.distribute_train_dataset(strategy, recipe, source, first_step))
   train_step = step.make_train_step(strategy, model, optimizer, recipe)
   gather_ids = make_gather(strategy, numbers)
   ids, scalars, history = [], [], [variables()]
@@ -499,7 +501,7 @@ def check_weight_decay(strategy) -> list[Line]:
 
 def check_schedule(strategy) -> list[Line]:
   """§2.1, §2.2, remark 2 and remark 4, on a run across a warmup, two decays and three epochs."""
-  from tf_largebatch import training
+  from tf_largebatch.training import trainer
 
   recipe = make_recipe(strategy.num_replicas_in_sync)
   steps = 3 * STEPS_PER_EPOCH
@@ -510,7 +512,7 @@ def check_schedule(strategy) -> list[Line]:
   ratio = recipe.global_batch_size / recipe.reference_batch_size
   # A minibatch below the reference's has no warmup (§5.3).
   small = dataclasses.replace(recipe, reference_batch_size=2 * recipe.global_batch_size)
-  optimizer = training.build_optimizer(small, len(make_examples(small)[0]))
+  optimizer = trainer.build_optimizer(small, len(make_examples(small)[0]))
   unwarmed = abs(float(optimizer.learning_rate) / reference_rates(small, 1)[0] - 1)
   off = [name for name, value in PAPER.items() if getattr(Recipe(), name) != value]
   return [
@@ -559,7 +561,7 @@ def _momentum_line(seen: Observation, recipe: Recipe, rates) -> Line:
 
 def _shuffling_lines(ids: np.ndarray, recipe: Recipe) -> list[Line]:
   """Remark 4: one random shuffle an epoch, divided among the workers (ids `[steps, k, n]`)."""
-  from tf_largebatch import input_pipeline
+  from tf_largebatch.data import input_pipeline
 
   total = len(make_examples(recipe)[0])
   epochs = ids.reshape(3, STEPS_PER_EPOCH, *ids.shape[1:])
@@ -649,14 +651,14 @@ def check_step(strategy) -> list[Line]:
 
 
 def check_network(strategy) -> list[Line]:
-  """§5.1: ResNet-50 as `training.build_model` makes it, on this task's first device."""
+  """§5.1: ResNet-50 as `trainer.build_model` makes it, on this task's first device."""
   import keras
 
-  from tf_largebatch import training
+  from tf_largebatch.training import trainer
 
   recipe = make_recipe(1, network="resnet50", image_size=64, per_worker_batch_size=4)
   with strategy.scope():
-    model = training.build_model(recipe, CLASSES)
+    model = trainer.build_model(recipe, CLASSES)
   start = {variable.path: variable.numpy().astype(np.float64) for variable in model.weights}
   last = set(reference.last_batch_norms("resnet50"))
   constants = {"gamma": 1.0, "beta": 0.0, "bias": 0.0}
@@ -851,9 +853,9 @@ def _run() -> int:
     (cpu,) = tf.config.list_physical_devices("CPU")
     parts = [tf.config.LogicalDeviceConfiguration()] * flags.FLAGS.logical_cpus
     tf.config.set_logical_device_configuration(cpu, parts)
-  strategy = make_strategy(cluster, flags.FLAGS.communication)
+  from tf_largebatch.training import trainer
 
-  from tf_largebatch import training
+  strategy = make_strategy(cluster, flags.FLAGS.communication)
 
   tf.get_logger().setLevel("ERROR")  # It takes each new run's gather for a retracing.
   began = time.monotonic()
@@ -868,7 +870,7 @@ def _run() -> int:
     "properties": [_as_json(line) for line in lines],
     "seconds": seconds,
     "cluster": where,
-    "versions": training.versions(),
+    "versions": trainer.versions(),
   }
   print(", ".join(f"{name} {value}" for name, value in where.items()))
   print(f"{'property':<22}{'deviation':>10}{'limit':>10}")

@@ -1,0 +1,165 @@
+"""The index of record offsets: right, kept, and made again when the shards change."""
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_largebatch.data import record_index
+from tf_largebatch.data.record_index import record_offsets
+from tf_largebatch.errors import UserError
+
+
+def write(path, lengths):
+  """A shard of records of so many bytes; their offsets, by the format's sizes."""
+  with tf.io.TFRecordWriter(str(path)) as writer:
+    for length in lengths:
+      writer.write(b"x" * length)
+  return np.concatenate([[0], np.cumsum([length + 16 for length in lengths])]).astype(int)
+
+
+@pytest.fixture
+def shards(tmp_path):
+  lengths = {"a": [5, 0, 100_000, 1], "b": [], "c": [7, 7]}
+  expected = [write(tmp_path / name, length) for name, length in lengths.items()]
+  return [str(tmp_path / name) for name in lengths], expected
+
+
+def assert_offsets(found, expected):
+  assert len(found) == len(expected)
+  for one, other in zip(found, expected, strict=True):
+    assert one.dtype == np.int64
+    np.testing.assert_array_equal(one, other)
+
+
+def test_offsets_are_where_the_records_begin(shards):
+  filenames, expected = shards
+  found = record_offsets(filenames, [4, 0, 2], None)
+  assert_offsets(found, [expected[0], [0], expected[2]])
+
+
+def test_data_are_those_that_were_written(tmp_path):
+  with tf.io.TFRecordWriter(str(tmp_path / "a")) as writer:
+    for text in (b"first", b"", b"x" * 100_000):
+      writer.write(text)
+  content = (tmp_path / "a").read_bytes()
+  (offsets,) = record_offsets([str(tmp_path / "a")], [3], None)
+  records = [content[a:b] for a, b in itertools.pairwise(offsets)]
+  assert [record_index.record_data(record) for record in records] == [b"first", b"", b"x" * 100_000]
+  # Any byte of a record that is changed, or that lacks.
+  for place in range(len(records[0])):
+    changed = bytearray(records[0])
+    changed[place] ^= 1
+    with pytest.raises(ValueError, match="indexed" if place < 12 else "CRC"):
+      record_index.record_data(bytes(changed))
+    with pytest.raises(ValueError, match="indexed"):
+      record_index.record_data(records[0][:place])
+
+
+def test_a_saved_index_is_used_and_read_no_shard(shards, tmp_path, monkeypatch):
+  filenames, expected = shards
+  index_dir = str(tmp_path / "below" / "index")
+  record_offsets(filenames, [4, 0, 2], index_dir)
+  assert len(os.listdir(index_dir)) == 1 and os.listdir(index_dir)[0].endswith(".npz")
+  monkeypatch.setattr(record_index, "_scan_shard", None)
+  assert_offsets(record_offsets(filenames, [4, 0, 2], index_dir), expected)
+
+
+def test_an_index_is_of_files_not_of_names(shards, tmp_path, monkeypatch):
+  """Two projects have a data/ each, and one index_dir."""
+  filenames, expected = shards
+  index_dir = str(tmp_path / "index")
+  record_offsets(filenames, [4, 0, 2], index_dir)
+  elsewhere = tmp_path / "elsewhere"
+  elsewhere.mkdir()
+  other = write(elsewhere / "a", [3])
+  monkeypatch.chdir(tmp_path)
+  assert_offsets(record_offsets(["a", "b", "c"], [4, 0, 2], index_dir), expected)
+  assert len(os.listdir(index_dir)) == 1
+  monkeypatch.chdir(elsewhere)
+  assert_offsets(record_offsets(["a"], [1], index_dir), [other])
+
+
+def test_other_shards_have_an_index_of_their_own(shards, tmp_path):
+  filenames, expected = shards
+  index_dir = str(tmp_path / "index")
+  record_offsets(filenames, [4, 0, 2], index_dir)
+  assert_offsets(record_offsets(filenames[2:], [2], index_dir), expected[2:])
+  assert len(os.listdir(index_dir)) == 2
+
+
+def test_a_changed_shard_is_indexed_again(shards, tmp_path):
+  filenames, expected = shards
+  index_dir = str(tmp_path / "index")
+  record_offsets(filenames, [4, 0, 2], index_dir)
+  changed = write(filenames[2], [9, 9, 9])
+  assert_offsets(record_offsets(filenames, [4, 0, 3], index_dir), [*expected[:2], changed])
+  assert len(os.listdir(index_dir)) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04"])
+def test_a_damaged_index_is_made_again(shards, tmp_path, content):
+  filenames, expected = shards
+  index_dir = tmp_path / "index"
+  record_offsets(filenames, [4, 0, 2], str(index_dir))
+  (path,) = index_dir.iterdir()
+  path.write_bytes(content)
+  assert_offsets(record_offsets(filenames, [4, 0, 2], str(index_dir)), expected)
+  assert len(path.read_bytes()) > 100
+
+
+def test_an_index_dir_that_cannot_be_written_costs_a_warning(shards, tmp_path, caplog):
+  filenames, expected = shards
+  assert_offsets(record_offsets(filenames, [4, 0, 2], f"{filenames[0]}/below"), expected)
+  assert "cannot be saved" in caplog.text
+
+
+def test_remote_paths():
+  """Any path of tf.io.gfile; TensorFlow's own in-memory file system stands for them."""
+  expected = write("ram://shard", [3, 70_000, 2])
+  found = record_offsets(["ram://shard"], [3], "ram://index")
+  assert_offsets(found, [expected])
+  assert len(tf.io.gfile.glob("ram://index/*.npz")) == 1
+  assert_offsets(record_offsets(["ram://shard"], [3], "ram://index"), [expected])
+
+
+def message(filenames, counts):
+  with pytest.raises(UserError) as error:
+    record_offsets(filenames, counts, None)
+  assert "\n" not in str(error.value)
+  return str(error.value)
+
+
+def test_a_missing_shard(tmp_path):
+  text = message([str(tmp_path / "gone")], [1])
+  assert str(tmp_path / "gone") in text and "cannot be read" in text
+
+
+@pytest.mark.parametrize("kept", [1, 11, 12, 15, 16 + 99, 16 + 100 + 3, 16 + 100 + 12])
+def test_a_shard_that_was_cut_off(tmp_path, kept):
+  path = tmp_path / "shard"
+  write(path, [100, 100])
+  path.write_bytes(path.read_bytes()[:kept])
+  text = message([str(path)], [2])
+  assert str(path) in text and "cut off" in text
+
+
+def test_a_shard_that_was_cut_off_between_records(tmp_path):
+  path = tmp_path / "shard"
+  write(path, [100, 100])
+  path.write_bytes(path.read_bytes()[:116])
+  text = message([str(path)], [2])
+  assert "has 1 records" in text and "with 2" in text
+
+
+@pytest.mark.parametrize("byte", [0, 3, 7, 8, 11])
+def test_a_wrong_length_is_told_with_its_offset(tmp_path, byte):
+  path = tmp_path / "shard"
+  _, offset, *_ = write(path, [100, 100, 100])
+  content = bytearray(path.read_bytes())
+  content[offset + byte] ^= 0x40
+  path.write_bytes(content)
+  text = message([str(path)], [3])
+  assert f"offset {offset} " in text and "CRC" in text and str(path) in text

@@ -1,0 +1,182 @@
+"""`LinearScalingSchedule` against rates computed by hand."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_largebatch.errors import UserError
+from tf_largebatch.optim.schedule import LinearScalingSchedule
+
+# Steps of an ImageNet epoch: 1281167 // 64, 1281167 // 256, 1281167 // 8192.
+STEPS_PER_EPOCH = {64: 20018, 256: 5004, 8192: 156}
+
+# The steps before, at and after the decays at 30, 60 and 80 epochs, by step: rate.
+DECAYS = {
+  64: {
+    600539: 0.025, 600540: 0.0025, 600541: 0.0025,
+    1201079: 0.0025, 1201080: 0.00025, 1201081: 0.00025,
+    1601439: 0.00025, 1601440: 0.000025, 1601441: 0.000025, 1801619: 0.000025,
+  },
+  256: {
+    150119: 0.1, 150120: 0.01, 150121: 0.01,
+    300239: 0.01, 300240: 0.001, 300241: 0.001,
+    400319: 0.001, 400320: 0.0001, 400321: 0.0001, 450359: 0.0001,
+  },
+  8192: {
+    4679: 3.2, 4680: 0.32, 4681: 0.32,
+    9359: 0.32, 9360: 0.032, 9361: 0.032,
+    12479: 0.032, 12480: 0.0032, 12481: 0.0032, 14039: 0.0032,
+  },
+}  # fmt: skip
+
+# The start and the end of the 5 epochs of warmup. Up to kn = 256 there is none, whatever is asked.
+FLAT_64 = {0: 0.025, 1: 0.025, 100089: 0.025, 100090: 0.025, 100091: 0.025}
+FLAT_256 = {0: 0.1, 1: 0.1, 25019: 0.1, 25020: 0.1, 25021: 0.1}
+WARMUPS = {
+  (64, "gradual"): FLAT_64,
+  (64, "constant"): FLAT_64,
+  (64, "none"): FLAT_64,
+  (256, "gradual"): FLAT_256,
+  (256, "constant"): FLAT_256,
+  (256, "none"): FLAT_256,
+  (8192, "gradual"): {
+    0: 0.1, 1: 0.1 + 3.1 / 780, 390: 1.65, 779: 3.2 - 3.1 / 780, 780: 3.2, 781: 3.2
+  },
+  (8192, "constant"): {0: 0.1, 1: 0.1, 390: 0.1, 779: 0.1, 780: 3.2, 781: 3.2},
+  (8192, "none"): {0: 3.2, 1: 3.2, 390: 3.2, 779: 3.2, 780: 3.2, 781: 3.2},
+}  # fmt: skip
+
+
+def assert_rates(schedule, expected):
+  """Every rate to float64: one rounded to float32 on its way would be off by 1e-8."""
+  actual = [float(schedule(step)) for step in expected]
+  np.testing.assert_allclose(actual, list(expected.values()), rtol=1e-13)
+
+
+@pytest.mark.parametrize("kn, warmup", WARMUPS)
+def test_imagenet_rates_around_every_boundary(kn, warmup):
+  schedule = LinearScalingSchedule(STEPS_PER_EPOCH[kn], kn, warmup=warmup)
+  assert_rates(schedule, WARMUPS[kn, warmup] | DECAYS[kn])
+
+
+@pytest.mark.parametrize(
+  "kn, reference, at_3_epochs",
+  [
+    (255, 256, 0.1 * 255 / 256 * 0.1),
+    (256, 256, 0.01),
+    (257, 256, 0.1 + (0.1 * 257 / 256 - 0.1) * 0.6),
+    (256, 128, 0.16),
+  ],
+)
+def test_only_more_than_the_reference_batch_warms_up(kn, reference, at_3_epochs):
+  """At kn = 256 a warmup from 0.1 to 0.1 shows by the decay at 3 epochs that it would put off."""
+  schedule = LinearScalingSchedule(10, kn, reference_batch_size=reference, decay_epochs=(3,))
+  assert_rates(schedule, {30: at_3_epochs})
+
+
+SQRT_PEAK = 0.5656854249492381  # 0.1·√32 = 0.4·√2.
+
+
+@pytest.mark.parametrize(
+  "eta, scaling, expected",
+  [
+    (0.1, "linear", {0: 0.1, 390: 1.65, 780: 3.2, 4680: 0.32}),
+    (0.05, "linear", {0: 0.05, 390: 0.825, 780: 1.6, 4680: 0.16}),
+    (0.2, "linear", {0: 0.2, 390: 3.3, 780: 6.4, 4680: 0.64}),
+    (0.1, "sqrt", {0: 0.1, 390: 0.33284271247461903, 780: SQRT_PEAK, 4680: SQRT_PEAK / 10}),
+    (0.1, "none", {0: 0.1, 390: 0.1, 780: 0.1, 4680: 0.01}),
+  ],
+)  # fmt: skip
+def test_scalings_of_table_2a(eta, scaling, expected):
+  schedule = LinearScalingSchedule(156, 8192, reference_learning_rate=eta, scaling=scaling)
+  assert_rates(schedule, expected)
+
+
+@pytest.mark.parametrize(
+  "epochs, expected",
+  [
+    # 24.6, 37.4 and 42.6 steps become 25, 37 and 43.
+    (
+      {"warmup_epochs": 2.46, "decay_epochs": (3.74, 4.26), "decay_factor": 0.5},
+      {0: 0.1, 23: 0.192, 24: 0.196, 25: 0.2, 36: 0.2, 37: 0.1, 42: 0.1, 43: 0.05, 44: 0.05},
+    ),
+    # The boundaries at 30 and 50 both count from the end of the warmup at 50.
+    (
+      {"warmup_epochs": 5, "decay_epochs": (3, 5, 8)},
+      {29: 0.158, 30: 0.16, 31: 0.162, 49: 0.198, 50: 0.002, 51: 0.002, 79: 0.002, 80: 0.0002},
+    ),
+    # No warmup, no decay.
+    ({"warmup_epochs": 0, "decay_epochs": ()}, {0: 0.2, 1: 0.2, 10**6: 0.2}),
+  ],
+)
+def test_other_epochs(epochs, expected):
+  assert_rates(LinearScalingSchedule(10, 512, **epochs), expected)
+
+
+def test_an_int64_step_in_a_graph():
+  """Steps that float32 (2^24) and int32 (2^31) cannot tell apart or hold."""
+  schedule = LinearScalingSchedule(20_000_001, 8192, warmup_epochs=1, decay_epochs=(200,))
+  graph = tf.function(schedule, input_signature=[tf.TensorSpec([], tf.int64)])
+  expected = {20_000_000: 3.2 - 3.1 / 20_000_001, 20_000_001: 3.2, 4_000_000_199: 3.2}
+  assert_rates(lambda step: graph(tf.constant(step, tf.int64)), expected | {4_000_000_200: 0.32})
+
+
+def test_config_round_trip():
+  config = {
+    "steps_per_epoch": 7,
+    "global_batch_size": 96,
+    "reference_learning_rate": 0.3,
+    "reference_batch_size": 32,
+    "scaling": "sqrt",
+    "warmup": "constant",
+    "warmup_epochs": 1.5,
+    "decay_epochs": (2.0, 4.0),
+    "decay_factor": 0.25,
+    "name": "rates",
+  }
+  schedule = LinearScalingSchedule(**config)
+  serialized = keras.optimizers.schedules.serialize(schedule)
+  clone = keras.optimizers.schedules.deserialize(serialized)
+  assert schedule.get_config() == clone.get_config() == config
+  peak = 0.5196152422706632  # 0.3·√3
+  assert_rates(clone, {9: 0.3, 10: peak, 13: peak, 14: peak / 4, 27: peak / 4, 28: peak / 16})
+
+
+def test_stock_sgd_takes_these_steps_through_fit_save_and_load(tmp_path):
+  """The gradient of |w + 100| is 1, so after t steps w is minus the sum of t rates.
+
+  2 steps an epoch, kn = 512: 0.1, 0.125, 0.15 | 0.175, 0.2, 0.2, 0.02, 0.02.
+  """
+  model = keras.Sequential(
+    [keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")]
+  )
+  schedule = LinearScalingSchedule(2, 512, warmup_epochs=2, decay_epochs=(3,))
+  model.compile(keras.optimizers.SGD(schedule), "mae")
+  model.fit(np.ones((3, 1)), np.full((3, 1), -100.0), batch_size=1, verbose=0)
+  np.testing.assert_allclose(model.get_weights()[0], [[-0.375]], rtol=1e-6)
+  model.save(tmp_path / "model.keras")
+  loaded = keras.models.load_model(tmp_path / "model.keras")
+  loaded.fit(np.ones((5, 1)), np.full((5, 1), -100.0), batch_size=1, verbose=0)
+  np.testing.assert_allclose(loaded.get_weights()[0], [[-0.99]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "bad",
+  [
+    {"scaling": "cubic"},
+    {"warmup": "slow"},
+    {"steps_per_epoch": 0},
+    {"global_batch_size": 0},
+    {"reference_batch_size": -1},
+    {"reference_learning_rate": math.nan},
+    {"warmup_epochs": -3},
+    {"decay_factor": math.inf},
+  ],
+)
+def test_bad_arguments_are_refused(bad):
+  ((name, value),) = bad.items()
+  with pytest.raises(UserError, match=f"{name}.*{value}"):
+    LinearScalingSchedule(**{"steps_per_epoch": 10, "global_batch_size": 512, **bad})

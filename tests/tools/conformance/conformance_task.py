@@ -1,0 +1,74 @@
+"""A task of `conformance_test`: takes the steps of its cases on this cluster, tells what it saw.
+
+python -m tools.launch_local --tasks=2 \\
+    --module=tests.tools.conformance.conformance_task -- DIR REPLICAS_A_TASK DTYPES
+"""
+
+import os
+import pickle
+import sys
+
+import keras
+import tensorflow as tf
+from tensorflow.python.distribute import collective_all_reduce_strategy
+
+from tf_largebatch.distributed import cluster
+from tf_largebatch.optim.sgd import MomentumCorrectedSGD
+from tools import verify
+
+STEPS = 36
+# k = 4, n = 4, a warmup up to step 15, a decay at 30, in three epochs.
+CASES = {
+  dtype: verify.make_recipe(1, dtype=dtype, weight_decay=1e-2, label_smoothing=0.1)
+  for dtype in ("float64", "float32")
+}
+
+
+def apply_on_replicas(strategy):
+  """A weight after replica r called the optimizer with the gradient (r + 1) · (1, 10)."""
+  with strategy.scope():
+    variable = keras.Variable([0.0, 0.0], name="kernel", dtype="float64")
+    optimizer = MomentumCorrectedSGD(0.5)
+    optimizer.build([variable])
+
+  @tf.function
+  def apply():
+    def replica_step():
+      index = tf.distribute.get_replica_context().replica_id_in_sync_group
+      optimizer.apply([tf.constant([1.0, 10.0], tf.float64) * tf.cast(index + 1, tf.float64)])
+
+    strategy.run(replica_step)
+
+  apply()
+  return variable.numpy()
+
+
+def main(directory, replicas, dtypes):
+  cpu = tf.config.list_physical_devices("CPU")[0]
+  tf.config.set_logical_device_configuration(
+    cpu, [tf.config.LogicalDeviceConfiguration()] * replicas
+  )
+  if replicas > 1:
+    # With several tasks TensorFlow takes one CPU of each, though it takes all GPUs: here it shall
+    # take the CPUs as it would the GPUs.
+    def local_devices(self, cluster_resolver, worker_device):
+      return tuple(f"{worker_device}/device:CPU:{index}" for index in range(replicas)), "CPU"
+
+    extended = collective_all_reduce_strategy.CollectiveAllReduceExtended
+    extended._initialize_local_devices = local_devices
+  this = cluster.read_cluster()
+  strategy = cluster.make_strategy(this)
+  assert strategy.num_replicas_in_sync == this.num_tasks * replicas
+  seen = {
+    dtype: verify.observe(strategy, recipe, "small_residual", STEPS)
+    for dtype, recipe in CASES.items()
+    if dtype in dtypes.split(",")
+  }
+  seen["applied"] = apply_on_replicas(strategy)
+  name = f"{this.num_tasks}_{replicas}_{this.task_index}.pickle"
+  with open(os.path.join(directory, name), "wb") as file:
+    pickle.dump(seen, file)
+
+
+if __name__ == "__main__":
+  main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,84 @@
+"""Tests of `tools.prepare_data`: no test asks the network."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from tests.launching import ROOT
+
+
+def _run(data_dir, *arguments):
+  command = [sys.executable, "-m", "tools.prepare_data", f"--data_dir={data_dir}", *arguments]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def _tar(files):
+  buffer = io.BytesIO()
+  with tarfile.open(fileobj=buffer, mode="w") as tar:
+    for name, content in files.items():
+      member = tarfile.TarInfo(name)
+      member.size = len(content)
+      tar.addfile(member, io.BytesIO(content))
+  return buffer.getvalue()
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+  """A data directory with an ImageNet of three training images and two validation images."""
+  buffer = io.BytesIO()
+  Image.new("RGB", (8, 6)).save(buffer, "JPEG")
+  jpeg = buffer.getvalue()
+  manual_dir = tmp_path / "downloads" / "manual"
+  manual_dir.mkdir(parents=True)
+  synset = _tar({f"n01440764_{i}.JPEG": jpeg for i in range(3)})
+  (manual_dir / "ILSVRC2012_img_train.tar").write_bytes(_tar({"n01440764.tar": synset}))
+  validation = {f"ILSVRC2012_val_{i:08d}.JPEG": jpeg for i in (1, 2)}
+  (manual_dir / "ILSVRC2012_img_val.tar").write_bytes(_tar(validation))
+  return tmp_path
+
+
+def _refusal(result):
+  assert (result.returncode, result.stdout) == (1, "")
+  assert re.fullmatch(r"error: [^\n]+\n", result.stderr)
+  return result.stderr
+
+
+def test_prepares_from_the_official_tars_and_says_what_is_there(data_dir):
+  result = _run(data_dir, "imagenet2012", "--file_format=array_record")
+  directory = data_dir / "imagenet2012" / "5.1.0"
+  size = sum(path.stat().st_size for path in directory.iterdir()) / 2**10
+  expected = (
+    f"imagenet2012/5.1.0: train 3, validation 2 examples, {size:.2f} KiB of array_record in "
+    f"{directory}\n"
+  )
+  assert (result.returncode, result.stdout) == (0, expected)
+  assert "Preparing imagenet2012 from files in" in result.stderr
+  source = tfds.builder("imagenet2012", data_dir=data_dir).as_data_source("train")
+  assert [np.shape(source[i]["image"]) for i in range(3)] == 3 * [(6, 8, 3)]
+
+  before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
+  again = _run(data_dir, "imagenet2012:5.1.0", "imagenet2012")
+  assert (again.returncode, again.stdout, again.stderr) == (0, 2 * expected, "")
+  refused = _refusal(_run(data_dir, "imagenet2012", "--file_format=tfrecord"))
+  assert f"imagenet2012 is prepared as array_record in {directory}" in refused
+  assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
+
+
+def test_mistakes_are_told_in_one_line(tmp_path):
+  assert "No data set was named" in _refusal(_run(tmp_path))
+  assert "did you mean imagenet2012 " in _refusal(_run(tmp_path, "imagenet201"))
+  assert "did you mean imagenet2012 " in _refusal(_run(tmp_path, "imagenet"))
+  assert "needs no data" in _refusal(_run(tmp_path, "synthetic"))
+  assert not os.listdir(tmp_path)
+  missing = _refusal(_run(tmp_path, "imagenet2012"))
+  manual_dir = tmp_path / "downloads" / "manual"
+  tars = "ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar"
+  assert re.search(rf"put {tars} into {manual_dir} .*and run again", missing)

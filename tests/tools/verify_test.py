@@ -1,0 +1,84 @@
+"""`tools.verify` under the launcher, and that it can fail."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.launching import ROOT, launch, run_module
+from tools import verify
+from tools.conformance import negative_controls
+
+NAMES = [name for names in verify.CHECKS.values() for name in names if "ResNet-50" not in name]
+
+
+def test_every_property_holds_on_two_tasks(tmp_path):
+  finished = launch(2, "tools.verify", f"--output={tmp_path / 'report.json'}")
+  assert finished.returncode == 0, finished.stdout
+  report = json.loads((tmp_path / "report.json").read_text())
+  assert report["status"] == "verified" and report["cluster"]["tasks"] == 2
+  assert [line["name"] for line in report["properties"]] == NAMES
+  for line in report["properties"]:
+    assert line["holds"] and 0 <= line["deviation"] <= line["limit"]
+  # Only the chief tells.
+  assert finished.stdout.count(f"All {len(NAMES)} properties hold") == 1
+  assert finished.stdout.count("[task 1] property") == 0
+
+
+@pytest.mark.parametrize("deviation, holds", [(1.0, True), (1.1, False), (np.nan, False)])
+def test_a_property_holds_up_to_its_limit(deviation, holds):
+  line = verify.Line("x", deviation, 1.0, "")
+  assert line.holds == holds
+
+
+@pytest.mark.parametrize(
+  "flags, expected",
+  [
+    (
+      ["--only=aggregatoin"],
+      "error: --only=aggregatoin: no such property; there are the paper's values",
+    ),
+    (["--output=/nowhere/report.json"], "error: --output=/nowhere/report.json cannot be written"),
+    (["aggregation"], "error: Unexpected argument 'aggregation'"),
+  ],
+)
+def test_a_users_mistake_gets_one_line(flags, expected):
+  finished = run_module("tools.verify", *flags)
+  assert finished.returncode == 1
+  assert finished.stderr.startswith(expected) and finished.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("mutation", negative_controls.MUTATIONS, ids=lambda m: m.name)
+def test_every_mistake_can_still_be_made(mutation, tmp_path):
+  """What it replaces stands in the package, once, and what comes out is Python."""
+  package = negative_controls.make_copy(tmp_path, mutation) / "tf_largebatch"
+  for module, _, new in mutation.edits:
+    source = (package / f"{module}.py").read_text()
+    assert new in source
+    compile(source, module, "exec")
+  assert mutation.caught_by in NAMES
+
+
+def test_mistakes_are_caught():
+  """One of each kind of module; `python -m tools.conformance.negative_controls` makes them all."""
+  names = ["decoupled decay", "warmup per epoch", "shuffle per worker", "BN over all workers"]
+  finished = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "tools.conformance.negative_controls",
+      "--quick",
+      f"--only={','.join(names)}",
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=280,
+    check=False,
+  )
+  assert finished.returncode == 0, finished.stdout + finished.stderr
+  for name in names:
+    assert f"\n{name}" in finished.stdout
+  assert "Every mistake was caught." in finished.stdout

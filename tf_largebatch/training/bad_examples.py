@@ -1,0 +1,78 @@
+"""The examples of a run that could not be read: which, why, and that nobody overlooks them."""
+
+import fnmatch
+import json
+import os
+import queue
+
+import tensorflow as tf
+from absl import logging
+
+from tf_largebatch import files
+from tf_largebatch.data import sources
+from tf_largebatch.errors import UserError, first_line
+
+
+class BadExamples:
+  """Examples that others took the place of, listed in the work directory.
+
+  `work_dir/bad_examples.jsonl` has one object a line: {"split", "example", "fault"}; tasks beside
+  the chief list theirs in `bad_examples.1.jsonl` and so on. A run that goes on goes on with these.
+  """
+
+  def __init__(self, work_dir: str, task_index: int, channels: int):
+    """
+    Args:
+      work_dir: the run's directory, which all tasks see.
+      task_index: of this task.
+      channels: of the network's images.
+    """
+    self._work_dir = work_dir
+    self._channels = channels
+    suffix = f".{task_index}" if task_index else ""
+    self._path = os.path.join(work_dir, f"bad_examples{suffix}.jsonl")
+    self._lines = _read(self._path)
+    self._known = {(line["split"], line["example"]) for line in self._lines}
+    self._written = len(self._lines)
+    self._told = queue.SimpleQueue()
+
+  def tell(self, split: str, source, example: int):
+    """Notes an example for `write`; for the input pipeline's threads."""
+    self._told.put((split, source, example))
+
+  def write(self) -> int:
+    """Lists and logs what was told since; how many examples all tasks have listed."""
+    while not self._told.empty():
+      split, source, example = self._told.get()
+      if (split, example) in self._known:
+        continue
+      self._known.add((split, example))
+      # One that reads well now was out of reach for a moment: a network or disk that failed.
+      fault = sources.fault(source, example, self._channels)
+      fault = fault or f"{source.describe(example)}: failed once"
+      logging.warning("Left out of %s: %s", split, fault)
+      self._lines.append({"split": split, "example": example, "fault": fault})
+    if self._written < len(self._lines):
+      try:
+        files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+        self._written = len(self._lines)
+      except files.FAILURES as error:  # A full disk, say: training goes on.
+        logging.warning("%s is behind (%s); tried again later.", self._path, first_line(error))
+    # No glob of the whole path, whose directories may have brackets in their names.
+    names = fnmatch.filter(tf.io.gfile.listdir(self._work_dir), "bad_examples*.jsonl")
+    listed = (line for name in names for line in _read(os.path.join(self._work_dir, name)))
+    return len({(line["split"], line["example"]) for line in listed})
+
+
+def _read(path: str) -> list[dict]:
+  if not tf.io.gfile.exists(path):
+    return []
+  try:
+    lines = [files.parse_json(line) for line in files.read_text(path).splitlines()]
+    for line in lines:
+      hash((line["split"], line["example"], line["fault"]))
+  except (*files.FAILURES, ValueError, TypeError, KeyError) as error:
+    raise UserError(
+      f"{path} is no list of bad examples ({first_line(error)}); move it away to begin a new one."
+    ) from error
+  return lines
