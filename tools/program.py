@@ -1,0 +1,50 @@
+"""What the programs of `tools/` share: flags, one line for a user's mistake, an exit status."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+
+from tf_largebatch.errors import InterruptedRunError, UserError
+
+
+def run(
+  main: Callable[..., int | None], define_flags: Callable[[], None], takes_arguments: bool = False
+):
+  """Runs a program and exits with its status, which is 1 after one line for a user's mistake.
+
+  Args:
+    main: returns the exit status, or None for 0. Called with the list of arguments that are not
+      flags if the program takes any, else without arguments.
+    define_flags: called first; not at a module's top, so that tests can import several programs.
+    takes_arguments: if not, anything that is not a flag is refused.
+  """
+  define_flags()
+  app.run(lambda argv: call(main, argv[1:], takes_arguments), flags_parser=_parse_flags)
+
+
+def call(
+  main: Callable[..., int | None], arguments: list[str], takes_arguments: bool = False
+) -> int:
+  """The exit status of `main`, called as `run` does."""
+  try:
+    if takes_arguments:
+      return int(main(arguments) or 0)
+    if arguments:
+      raise UserError(
+        f"Unexpected argument {arguments[0]!r}; every option is a flag, --name=value."
+      )
+    return int(main() or 0)
+  except (UserError, InterruptedRunError) as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return error.status
+  except KeyboardInterrupt:
+    return 130
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
