@@ -1,4 +1,4 @@
-"""Signals in real processes whose main thread is deep in C, as in a collective."""
+"""`StopRequest` in real processes whose main thread is inside C code, as in a collective."""
 
 import contextlib
 import os
@@ -12,25 +12,25 @@ import pytest
 from tests.launching import ROOT, suspend
 from tf_largebatch.signals import StopRequest
 
-# The main thread is in the C library for good, but for the GIL that ctypes lets go.
+# The main thread never returns from the C library; ctypes releases the GIL meanwhile.
 PROGRAM = """
 import ctypes, sys
 from tf_largebatch.signals import StopRequest
 stop = StopRequest()
 with stop.watch_signals():
-  if sys.argv[1] == "honoured":
-    with stop.honoured():
-      print("in", flush=True)
+  if sys.argv[1] == "deferring":
+    with stop.deferring_signals():
+      print("ready", flush=True)
       ctypes.CDLL(None).sigsuspend(ctypes.create_string_buffer(b"\\xff" * 128))
   elif sys.argv[1] == "polls":
-    with stop.honoured():
-      print("in", flush=True)
+    with stop.deferring_signals():
+      print("ready", flush=True)
       while stop.signal is None:
         pass
     print("saved after", stop.signal, flush=True)
-  with stop.honoured():
+  with stop.deferring_signals():
     pass
-  print("in", flush=True)
+  print("ready", flush=True)
   ctypes.CDLL(None).sigsuspend(ctypes.create_string_buffer(b"\\xff" * 128))
 """
 
@@ -45,7 +45,7 @@ def program(mode):
     text=True,
   )
   try:
-    assert process.stdout.readline() == "in\n"
+    assert process.stdout.readline() == "ready\n"
     yield process
   finally:
     process.kill()
@@ -55,15 +55,15 @@ def program(mode):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_before_and_after_training_it_ends_at_once(number):
+def test_a_signal_outside_training_ends_the_process_at_once(number):
   with program("outside") as process:
     process.send_signal(number)
     assert process.wait(timeout=5) == 128 + number
     assert process.stderr.read() == f"error: Ended at once by {number.name}.\n"
 
 
-def test_asked_twice_it_ends_at_once_although_the_main_thread_hangs():
-  with program("honoured") as process:
+def test_a_second_signal_ends_the_process_although_the_main_thread_hangs():
+  with program("deferring") as process:
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline().startswith("SIGINT: saving at the end of this step")
     with pytest.raises(subprocess.TimeoutExpired):
@@ -72,9 +72,9 @@ def test_asked_twice_it_ends_at_once_although_the_main_thread_hangs():
     assert process.wait(timeout=5) == 143
 
 
-def test_two_sigterms_at_once_are_one_request():
-  """As Slurm sends them when a job is preempted."""
-  with program("honoured") as process:
+def test_two_sigterms_in_quick_succession_are_one_request():
+  """Slurm sends them when it preempts a job."""
+  with program("deferring") as process:
     process.send_signal(signal.SIGTERM)
     assert process.stderr.readline().startswith("SIGTERM: saving at the end of this step")
     process.send_signal(signal.SIGTERM)
@@ -84,27 +84,27 @@ def test_two_sigterms_at_once_are_one_request():
     assert process.wait(timeout=5) == 143
 
 
-def test_asked_once_the_program_hears_of_it():
+def test_the_program_can_poll_for_the_first_signal():
   with program("polls") as process:
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "saved after 15\n"
-    assert process.stdout.readline() == "in\n" and process.poll() is None
+    assert process.stdout.readline() == "ready\n" and process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == 143
 
 
-def test_nobody_left_to_read_what_it_says_it_still_ends():
-  for mode, signals in (("outside", 1), ("honoured", 2)):
+def test_it_ends_although_its_output_is_closed():
+  for mode, signals in (("outside", 1), ("deferring", 2)):
     with program(mode) as process:
-      process.stderr.close()  # As tee does, which dies of Ctrl-C first.
+      process.stderr.close()  # As tee does when Ctrl-C ends it first.
       for _ in range(signals):
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
       assert process.wait(timeout=5) == 130
 
 
-def test_suspended_and_resumed_it_still_hears_and_hears_nothing_twice():
-  with program("honoured") as process:
+def test_a_suspension_neither_loses_nor_repeats_a_signal():
+  with program("deferring") as process:
     suspend(process)
     process.send_signal(signal.SIGTERM)
     assert process.stderr.readline().startswith("SIGTERM: saving at the end of this step")
@@ -115,7 +115,7 @@ def test_suspended_and_resumed_it_still_hears_and_hears_nothing_twice():
     assert process.wait(timeout=5) == 143
 
 
-def test_the_signals_are_given_back():
+def test_the_signal_mask_is_restored():
   with StopRequest().watch_signals():
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) >= {signal.SIGTERM, signal.SIGINT}
   assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request: save at the end of this step, then end; asked twice, at once."""
+"""SIGTERM and SIGINT: the first saves at the end of the current step, a second ends at once."""
 
 import contextlib
 import math
@@ -9,16 +9,16 @@ import threading
 import time
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Slurm tells of one preemption by two SIGTERMs, a tenth of a second apart.
+# Slurm sends two SIGTERMs for one preemption, 0.1 s apart.
 _SAME_REQUEST_SECONDS = 2.0
 _POLL_SECONDS = 0.05
 
 
 def next_signal(signals: tuple[int, ...], seconds: float) -> int | None:
-  """The first of some blocked signals to come, or None where none does within so many seconds.
+  """Waits for one of `signals`, which must be blocked; returns None after `seconds` without one.
 
-  `signal.sigtimedwait` with a time will not do: where a suspension (SIGSTOP) outlasts the time,
-  CPython's returns whatever lay in its memory, as if it were a signal.
+  It polls because CPython's `signal.sigtimedwait` returns uninitialised memory, as if it were a
+  signal, when a suspension (SIGSTOP) outlasts its timeout.
   """
   deadline = time.monotonic() + seconds
   while True:
@@ -32,26 +32,27 @@ def next_signal(signals: tuple[int, ...], seconds: float) -> int | None:
 
 
 class StopRequest:
-  """Whether this process was asked to end.
+  """Whether a signal has requested this process to stop.
 
-  A thread of its own takes the signals, for Python's handlers would wait until TensorFlow returns
-  to the interpreter: a step's length, or for ever in a collective that misses a task.
+  A separate thread receives the signals: Python's own handlers run only when TensorFlow returns to
+  the interpreter, which takes a step, or forever in a collective that waits for a lost task.
 
   Attributes:
-    signal: the number of the signal that asked; None while none has.
+    signal: number of the signal that requested the stop; None if there was none.
   """
 
   def __init__(self):
     self.signal: int | None = None
-    self._saving_helps = False
+    self._deferring = False
     self._lock = threading.Lock()
 
   @contextlib.contextmanager
   def watch_signals(self):
-    """Takes SIGTERM and SIGINT while it is entered, in the main thread.
+    """Receives SIGTERM and SIGINT inside the context; call it in the main thread.
 
-    Enter it before TensorFlow is imported: threads that exist already would get the signals first.
-    Until `honoured` is entered, and again after it, nothing is lost by ending at once.
+    Enter it before importing TensorFlow: threads that already exist do not inherit the signal mask
+    and would receive the signals. Outside `deferring_signals` a signal ends the process at once,
+    which loses nothing.
     """
     ended = threading.Event()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -65,50 +66,50 @@ class StopRequest:
       signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
   @contextlib.contextmanager
-  def honoured(self):
-    """While it is entered, a first signal sets `signal`, and the program must look at it."""
+  def deferring_signals(self):
+    """Makes a first signal only set `signal` inside the context; the program must check it."""
     with self._lock:
-      self._saving_helps = True
+      self._deferring = True
     try:
       yield
     finally:
       with self._lock:
-        self._saving_helps = False
+        self._deferring = False
 
   def _take_signals(self, ended: threading.Event):
-    asked = -math.inf
+    requested = -math.inf
     while not ended.is_set():
       number = next_signal(_SIGNALS, 0.2)
       if number is None:
         continue
       name = signal.Signals(number).name
       with self._lock:
-        if self._saving_helps and self.signal is None:
-          self.signal, asked = number, time.monotonic()
-          tell(f"{name}: saving at the end of this step; asked once more, the run ends at once.")
+        if self._deferring and self.signal is None:
+          self.signal, requested = number, time.monotonic()
+          print_line(f"{name}: saving at the end of this step; a second signal ends the run now.")
           continue
-        repeated = self._saving_helps and self.signal == number == signal.SIGTERM
-        if repeated and time.monotonic() - asked < _SAME_REQUEST_SECONDS:
+        repeated = self._deferring and self.signal == number == signal.SIGTERM
+        if repeated and time.monotonic() - requested < _SAME_REQUEST_SECONDS:
           continue
-      tell(f"error: Ended at once by {name}.")
+      print_line(f"error: Ended at once by {name}.")
       end_process(128 + number)
 
 
 def end_process(status: int):
-  """Ends the process without its clean-up, which may wait for tasks that are no longer there."""
+  """Exits without the interpreter's clean-up, which may wait for tasks that no longer exist."""
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):
       stream.flush()
   os._exit(status)
 
 
-def tell(text: str, to_stdout: bool = False):
-  """Prints a line, or does without where it cannot be: a closed terminal or pipe, a full disk."""
+def print_line(text: str, to_stdout: bool = False):
+  """Prints a line; drops it if it cannot be written (a closed terminal or pipe, a full disk)."""
   stream = sys.stdout if to_stdout else sys.stderr
   try:
     print(text, file=stream, flush=True)
   except BrokenPipeError:
-    # For good, and the interpreter would end with a status of its own for what was not written.
+    # Without this the interpreter fails to flush the stream at exit and changes the exit status.
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
   except (OSError, ValueError):
     pass

@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from tf_largebatch.distributed.cluster import read_cluster
 from tf_largebatch.errors import InterruptedRunError, UserError, first_line
 from tf_largebatch.recipe import Recipe
-from tf_largebatch.signals import StopRequest, end_process, tell
+from tf_largebatch.signals import StopRequest, end_process, print_line
 
 _DEFINE = {
   bool: flags.DEFINE_boolean,
@@ -188,7 +188,7 @@ def main(argv):
     try:
       return _train(argv, stop)
     except (UserError, InterruptedRunError) as error:
-      tell(f"error: {error}")
+      print_line(f"error: {error}")
       if isinstance(error, InterruptedRunError):
         end_process(error.status)
       return error.status
@@ -238,7 +238,7 @@ def _train(argv, stop: StopRequest) -> int:
       f"Result: {os.path.join(work_dir, 'result.json')}",
       f"Curves: tensorboard --logdir {shlex.quote(os.path.join(work_dir, 'tensorboard'))}",
     )
-    tell("\n".join(told), to_stdout=True)
+    print_line("\n".join(told), to_stdout=True)
   return 0
 
 
@@ -276,7 +276,7 @@ def _parse_or_exit(argv: list[str]) -> list[str]:
   try:
     return parse_flags(argv)
   except UserError as error:
-    tell(f"error: {error}")
+    print_line(f"error: {error}")
     sys.exit(error.status)
 
 

@@ -257,7 +257,7 @@ def train_and_evaluate(
         files.write_json(os.path.join(work_dir, "recipe.json"), facts)
         files.write_text(os.path.join(work_dir, "flags.txt"), recipe.to_flagfile() + run_flags)
     held.enter_context(run.metrics)
-    with stop.honoured():
+    with stop.deferring_signals():
       for epoch in range(evaluated + 1, recipe.epochs + 1):
         if train_to(run, epoch * run.steps_per_epoch):
           checkpoints.save(run.done, run.seconds)  # While it is evaluated.
