@@ -9,7 +9,10 @@ from tf_largebatch.errors import InterruptedRunError, UserError
 
 
 def run(
-  main: Callable[..., int | None], define_flags: Callable[[], None], takes_arguments: bool = False
+  main: Callable[..., int | None],
+  define_flags: Callable[[], None],
+  takes_arguments: bool = False,
+  unknown_flag_hint: str = "",
 ):
   """Runs a program and exits with its status, which is 1 after one line for a user's mistake.
 
@@ -18,9 +21,13 @@ def run(
       flags if the program takes any, else without arguments.
     define_flags: called first; not at a module's top, so that tests can import several programs.
     takes_arguments: if not, anything that is not a flag is refused.
+    unknown_flag_hint: appended to the error message for an unknown flag.
   """
   define_flags()
-  app.run(lambda argv: call(main, argv[1:], takes_arguments), flags_parser=_parse_flags)
+  app.run(
+    lambda argv: call(main, argv[1:], takes_arguments),
+    flags_parser=lambda argv: _parse_flags(argv, unknown_flag_hint),
+  )
 
 
 def call(
@@ -42,9 +49,10 @@ def call(
     return 130
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], unknown_flag_hint: str) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    print(f"error: {error}", file=sys.stderr)
+    hint = unknown_flag_hint if isinstance(error, flags.UnrecognizedFlagError) else ""
+    print(f"error: {error}{hint}", file=sys.stderr)
     sys.exit(1)
