@@ -1,4 +1,4 @@
-"""How tests start several tasks, or a program, from the repository's root."""
+"""Starts programs and tasks for the tests, from the repository's root."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import time
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-# A run of seconds.
+# Flags of a run that takes seconds.
 SMALL = (
   "--dataset=synthetic",
   "--train_split=train[:60]",
@@ -26,11 +26,12 @@ SMALL = (
 )
 
 
-def run_module(module, *arguments, cwd=ROOT, timeout=120):
-  """Runs a module as a program, with what it prints caught."""
+def run_module(module, *arguments, cwd=ROOT, timeout=120, env=None):
+  """Runs a module as a program and captures its output."""
   return subprocess.run(
     [sys.executable, "-m", module, *arguments],
     cwd=cwd,
+    env=env,
     capture_output=True,
     text=True,
     timeout=timeout,
@@ -39,7 +40,7 @@ def run_module(module, *arguments, cwd=ROOT, timeout=120):
 
 
 def run_program(program):
-  """What the last line, JSON, of a Python program says."""
+  """Runs Python source and returns the JSON in the last line that it prints."""
   result = subprocess.run(
     [sys.executable, "-c", program],
     cwd=ROOT,
@@ -52,7 +53,7 @@ def run_program(program):
 
 
 def launch(tasks, module, *arguments):
-  """Runs a module as so many tasks on this machine; stderr goes with stdout."""
+  """Runs a module as several tasks on this machine; merges stderr into stdout."""
   command = [sys.executable, "-m", "tools.launch_local", f"--tasks={tasks}", f"--module={module}"]
   return subprocess.run(
     [*command, "--", *arguments],
@@ -66,7 +67,7 @@ def launch(tasks, module, *arguments):
 
 
 def suspend(process, seconds=0.5):
-  """Twice, as a terminal's Ctrl-Z, Slurm's suspend and a debugger do."""
+  """Stops and continues the process twice, as Ctrl-Z, Slurm's suspend and debuggers do."""
   for _ in range(2):
     process.send_signal(signal.SIGSTOP)
     time.sleep(seconds)

@@ -1,18 +1,18 @@
-r"""Starts several tasks on this machine, with `TF_CONFIG` set, as one program.
+r"""Runs a program as several tasks on this machine and sets `TF_CONFIG` for each of them.
 
   python -m tools.launch_local --tasks=2 -- --flagfile=flags/… --work_dir=…
   python -m tools.launch_local --tasks=2 --module=tools.verify -- …
 
-What follows `--` goes to every task. Each line of their output is printed behind
-`[task r]`. If a task fails, the others are asked to end by SIGTERM (and killed
-after --grace_seconds) and its status is returned, 128 + signal if a signal ended
-it. With --max_restarts=R all tasks are then started again, up to R times, after 1,
-2, 4, … 60 seconds; not if the status is 1 or 2, which a restart would not mend.
-SIGINT and SIGTERM are passed on, and end the launcher with 130 or 143.
+Every task gets the arguments after `--`. Each line of its output is printed with the
+prefix `[task r]`. If a task fails, the launcher sends SIGTERM to the others (SIGKILL
+after --grace_seconds) and exits with the failed task's status, or 128 + signal if a
+signal ended it. With --max_restarts=R it then restarts all tasks, up to R times, after
+1, 2, 4, … 60 seconds; not after status 1 or 2, which a restart cannot fix. The launcher
+forwards SIGINT and SIGTERM to the tasks and then exits with 130 or 143.
 
-The tasks share the machine's cores, divided by TF_NUM_INTRAOP_THREADS,
-TF_NUM_INTEROP_THREADS and OMP_NUM_THREADS unless these are set. GPUs are not
-divided: on a machine with GPUs run one task, or set CUDA_VISIBLE_DEVICES=-1.
+The tasks share the machine's cores equally through TF_NUM_INTRAOP_THREADS,
+TF_NUM_INTEROP_THREADS and OMP_NUM_THREADS, unless these are set. They do not share
+GPUs: on a machine with GPUs run one task, or set CUDA_VISIBLE_DEVICES=-1.
 """
 
 import contextlib
@@ -21,49 +21,55 @@ import importlib.util
 import itertools
 import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from typing import IO
 
-from absl import app, flags
+from absl import flags
 
 from tf_largebatch.errors import UserError
 from tf_largebatch.signals import next_signal
+from tools import program
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_NEED_THE_USER = (1, 2)  # Statuses of a mistake that the next start would make again.
+_NEED_THE_USER = (1, 2)  # Exit statuses of errors that a restart would repeat.
 _LONGEST_PAUSE_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1  # From <sys/prctl.h>.
 
 
 def define_flags():
-  """Not at the module's top, so that it can be imported beside other programs."""
   flags.DEFINE_integer("tasks", 2, "Number of tasks to start.")
   flags.DEFINE_string("module", "tf_largebatch.train", "Module that each task runs.")
   flags.DEFINE_integer(
-    "max_restarts", 0, "Times that all tasks are started again after one failed.", lower_bound=0
+    "max_restarts", 0, "How often to restart all tasks after one fails.", lower_bound=0
   )
   flags.DEFINE_float(
-    "grace_seconds", 30.0, "Seconds from SIGTERM, on which a task saves, to SIGKILL.", lower_bound=0
+    "grace_seconds",
+    30.0,
+    "Seconds that a task has to save after SIGTERM, before SIGKILL.",
+    lower_bound=0,
   )
 
 
 def free_addresses(count: int) -> list[str]:
-  """Returns addresses with different ports: all are held open until the last is chosen."""
+  """Returns addresses on 127.0.0.1 with different unused ports."""
   with contextlib.ExitStack() as stack:
+    # All stay open until the last is chosen, so that no port is returned twice.
     listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
     for listener in listeners:
-      listener.bind(("", 0))  # All interfaces, as TensorFlow's server will.
+      listener.bind(("", 0))  # All interfaces, like TensorFlow's server.
     return [f"127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
 
 
-def _start(module: str, arguments: list[str], addresses: list[str], index: int) -> subprocess.Popen:
-  """Starts task `index` of a cluster of workers only."""
+def task_environment(addresses: list[str], index: int) -> dict[str, str]:
+  """Returns the environment of task `index` of a cluster of workers, with its share of cores."""
   threads = str(max(1, len(os.sched_getaffinity(0)) // len(addresses)))
-  environ = {
+  return {
     "TF_NUM_INTRAOP_THREADS": threads,
     "TF_NUM_INTEROP_THREADS": threads,
     "OMP_NUM_THREADS": threads,
@@ -73,34 +79,46 @@ def _start(module: str, arguments: list[str], addresses: list[str], index: int) 
       {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
     ),
   }
-  launcher, libc = os.getpid(), ctypes.CDLL(None)
 
-  def prepare_task():
+
+def start_process(
+  command: list[str],
+  environment: dict[str, str],
+  stdout: int | IO = subprocess.PIPE,
+  cwd: pathlib.Path | None = None,
+) -> subprocess.Popen:
+  """Starts a process, in its own session, that the kernel kills when this program ends.
+
+  This program must not have other threads at that moment: they and preexec_fn may deadlock.
+  """
+  parent, libc = os.getpid(), ctypes.CDLL(None)
+
+  def prepare():
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-    # The kernel kills the task when the launcher is gone, even by SIGKILL, where no
-    # code of the launcher's runs; the launcher may have died before this line.
+    # Unlike clean-up code, this also works when SIGKILL ends the parent.
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:
+    if os.getppid() != parent:  # The parent ended before the call of prctl.
       os._exit(1)
 
   return subprocess.Popen(
-    [sys.executable, "-m", module, *arguments],
-    env=environ,
+    command,
+    env=environment,
+    cwd=cwd,
     stdin=subprocess.DEVNULL,
-    stdout=subprocess.PIPE,
+    stdout=stdout,
     stderr=subprocess.STDOUT,
-    # Universal newlines: a progress bar's "\r" ends a line too.
+    # Universal newlines: a progress bar's "\r" also ends a line.
     encoding="utf-8",
     errors="replace",
-    # A process group of its own: a terminal's Ctrl-C reaches the launcher alone, and
-    # the task is ended together with the processes it started.
+    # A terminal's Ctrl-C then reaches this program alone, and the process can be
+    # signalled together with the processes it started.
     start_new_session=True,
-    preexec_fn=prepare_task,
+    preexec_fn=prepare,
   )
 
 
 def _print_lines(task: subprocess.Popen, index: int, lock: threading.Lock) -> None:
-  """Prints the task's output until it ends; closes the pipe if nobody is left to read it."""
+  """Prints the task's output until it ends; stops if the launcher's own stdout is closed."""
   with task.stdout:
     for line in task.stdout:
       try:
@@ -109,29 +127,29 @@ def _print_lines(task: subprocess.Popen, index: int, lock: threading.Lock) -> No
       except BrokenPipeError:
         return
       except OSError:
-        pass  # A full disk: the line is lost, the task is not.
+        pass  # The disk is full: lose the line, not the task.
 
 
 def _ended(task: subprocess.Popen) -> os.waitid_result | None:
-  """Returns how the task ended, None while it runs.
+  """Returns how the task ended, or None while it runs.
 
-  The task stays a zombie, so that its process group's id is not given away before
-  `_end` has used it.
+  Leaves the task a zombie, so that the kernel does not reuse its process group's id
+  before `_end` signals the group.
   """
   return os.waitid(os.P_PID, task.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
 
 def _wait(tasks: list[subprocess.Popen]) -> tuple[int, bool]:
-  """Waits for all to succeed, one to fail or a signal to stop.
+  """Waits until all tasks succeed, one fails or the launcher gets a signal.
 
   Returns:
-    The status, and whether a signal to the launcher stopped the waiting.
+    The exit status, and whether a signal to the launcher ended the wait.
   """
   while True:
     results = [_ended(task) for task in tasks]
     for index, result in enumerate(results):
       if result and result.si_status:
-        # si_status is the signal's number if a signal ended the task.
+        # If a signal ended the task, si_status is the signal's number.
         exited = result.si_code == os.CLD_EXITED
         how = f"status {result.si_status}" if exited else f"signal {result.si_status}"
         print(
@@ -146,9 +164,9 @@ def _wait(tasks: list[subprocess.Popen]) -> tuple[int, bool]:
 
 
 def _end(tasks: list[subprocess.Popen], number: int) -> None:
-  """Ends the tasks' process groups: the signal, some seconds, SIGKILL.
+  """Sends signal `number` to the tasks' process groups, and SIGKILL after the grace period.
 
-  A signal that comes meanwhile is passed on too: asked twice, a trainer ends at once.
+  Forwards further signals meanwhile, because a second one ends a trainer at once.
   """
   _signal(tasks, number)
   deadline = time.monotonic() + flags.FLAGS.grace_seconds
@@ -157,26 +175,27 @@ def _end(tasks: list[subprocess.Popen], number: int) -> None:
     if again:
       _signal(tasks, again)
   for task in tasks:
-    os.killpg(task.pid, signal.SIGKILL)  # Also what a task started and left behind.
+    os.killpg(task.pid, signal.SIGKILL)  # Includes processes that an ended task left running.
     task.wait()
 
 
 def _signal(tasks: list[subprocess.Popen], number: int) -> None:
   for task in tasks:
     os.killpg(task.pid, number)
-    os.killpg(task.pid, signal.SIGCONT)  # One that was stopped would not hear it.
+    os.killpg(task.pid, signal.SIGCONT)  # A stopped task would not handle the signal.
 
 
 def _run_once(num_tasks: int, module: str, arguments: list[str]) -> tuple[int, bool]:
-  """Runs the tasks to their end; the status, and whether a signal to the launcher stopped them."""
+  """Starts the tasks and waits for them; returns what `_wait` does."""
   addresses = free_addresses(num_tasks)
   lock = threading.Lock()
   tasks, printers = [], []
   number, stopped = signal.SIGTERM, False
   try:
-    # The printers of an earlier start have ended: threads and preexec_fn do not go together.
+    # `start_process` wants no threads: the printers of an earlier start have ended.
     for index in range(num_tasks):
-      tasks.append(_start(module, arguments, addresses, index))
+      command = [sys.executable, "-m", module, *arguments]
+      tasks.append(start_process(command, task_environment(addresses, index)))
     for index, task in enumerate(tasks):
       printers.append(threading.Thread(target=_print_lines, args=(task, index, lock), daemon=True))
       printers[-1].start()
@@ -187,25 +206,26 @@ def _run_once(num_tasks: int, module: str, arguments: list[str]) -> tuple[int, b
   finally:
     _end(tasks, number)
     for printer in printers:
-      printer.join(5.0)  # Not forever, should the pipe be held by a stranger.
+      printer.join(5.0)  # A process that left the task's session may still hold the pipe open.
 
 
-def _launch(num_tasks: int, module: str, arguments: list[str]) -> int:
-  """Runs the tasks to their end, again where that helps, and returns the status.
+def main(arguments: list[str]) -> int:
+  """Runs the tasks, restarts them where that helps, and returns the exit status.
 
   Raises:
-    UserError: the number of tasks or the module will not do.
+    UserError: the number of tasks is below 1, or the module does not exist.
   """
+  num_tasks, module = flags.FLAGS.tasks, flags.FLAGS.module
   if num_tasks < 1:
     raise UserError(f"--tasks={num_tasks}: expected at least 1")
   try:
     found = importlib.util.find_spec(module)
-  except (ImportError, ValueError):  # Of its package; of an empty name.
+  except (ImportError, ValueError):  # Its package does not exist; the name is empty.
     found = None
   if not found:
-    raise UserError(f"--module={module}: no such module; give it as `python -m` would take it")
+    raise UserError(f"--module={module}: no such module; write it as for `python -m`")
 
-  # Blocked from here on and fetched by `_wait`, so that no handler breaks into `_end`.
+  # Blocked from here on and received by `next_signal`, so that no handler interrupts `_end`.
   signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
   max_restarts = flags.FLAGS.max_restarts
   for restart in itertools.count():
@@ -219,24 +239,10 @@ def _launch(num_tasks: int, module: str, arguments: list[str]) -> int:
       return 128 + stop
 
 
-def _parse_or_exit(argv: list[str]) -> list[str]:
-  try:
-    return flags.FLAGS(argv)
-  except flags.Error as error:
-    unknown = isinstance(error, flags.UnrecognizedFlagError)
-    hint = "; what is for the tasks goes behind `--`." if unknown else ""
-    print(f"error: {error}{hint}", file=sys.stderr)
-    sys.exit(1)
-
-
-def main(argv: list[str]) -> int:
-  try:
-    return _launch(flags.FLAGS.tasks, flags.FLAGS.module, argv[1:])
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-
-
 if __name__ == "__main__":
-  define_flags()
-  app.run(main, flags_parser=_parse_or_exit)
+  program.run(
+    main,
+    define_flags,
+    takes_arguments=True,
+    unknown_flag_hint="; flags of the tasks go after `--`.",
+  )

@@ -1,4 +1,4 @@
-"""Tests of `tools.launch_local`, with a tiny module in place of the trainer."""
+"""Tests of `tools.launch_local` with a tiny module in place of the trainer."""
 
 import contextlib
 import json
@@ -12,13 +12,13 @@ import time
 
 import pytest
 
-from tests.launching import ROOT, suspend
+from tests.launching import ROOT, run_module, suspend
 from tf_largebatch.distributed.cluster import read_cluster
 
 
 @contextlib.contextmanager
 def _launch(tmp_path, program, *arguments, tasks=2, launcher_flags=(), **environ):
-  """Yields a launcher of `program`, which knows its `rank`."""
+  """Starts `program`, which can read its `rank`, as tasks; yields the launcher's process."""
   (tmp_path / "tiny.py").write_text(
     "import json, os, signal, subprocess, sys, time\n"
     "rank = json.loads(os.environ['TF_CONFIG'])['task']['index']\n" + program
@@ -30,7 +30,7 @@ def _launch(tmp_path, program, *arguments, tasks=2, launcher_flags=(), **environ
     [*command, *launcher_flags, "--", *arguments],
     cwd=ROOT,
     env={**inherited, "PYTHONPATH": path, **environ},
-    stdin=subprocess.PIPE,  # Left open: a task that read it would wait.
+    stdin=subprocess.PIPE,  # Stays open: a task that inherited it would wait for input.
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -46,12 +46,12 @@ def _launch(tmp_path, program, *arguments, tasks=2, launcher_flags=(), **environ
 
 
 def _read_pids(launcher, count):
-  """Reads `count` lines, each with a process id, while the processes run."""
+  """Reads `count` lines that end with a process id, while the processes run."""
   return [int(launcher.stdout.readline().split()[-1]) for _ in range(count)]
 
 
 def _wait_until_gone(pids, seconds=10.0):
-  """Waits until no process of these is left, zombies of a lazy init apart."""
+  """Waits until none of the processes runs; ignores zombies that init has not reaped yet."""
 
   def runs(pid):
     try:
@@ -86,7 +86,7 @@ sys.stdout.write("1%\\r2%\\rlast")
     assert own == [f"[task {rank}] {line}" for line in expected]
 
 
-def test_each_task_gets_its_place_its_flags_and_its_cores(tmp_path):
+def test_each_task_gets_its_rank_its_flags_and_its_cores(tmp_path):
   program = """
 names = ("TF_CONFIG", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
 print(json.dumps([sys.argv[1:], *(os.environ[name] for name in names)]))
@@ -123,7 +123,7 @@ def test_a_failed_task_ends_the_others(tmp_path, end, status, how):
   program = f"""
 print(os.getpid())
 if rank == 1:
-  sys.stdin.read(1)  # End of file at once: the tasks have no input.
+  sys.stdin.read(1)  # Returns at once: the tasks' stdin is empty.
   time.sleep(0.5)
   {end}
 time.sleep(60)
@@ -132,7 +132,7 @@ time.sleep(60)
     pids = _read_pids(launcher, 3)
     start = time.monotonic()
     launcher.wait(timeout=30)
-    assert time.monotonic() - start < 4  # SIGTERM did it: the grace was not used up.
+    assert time.monotonic() - start < 4  # SIGTERM ended them before the grace period did.
     stderr = launcher.stderr.read()
   assert launcher.returncode == status
   assert stderr == f"error: task 1 ended with {how}; ending the others\n"
@@ -158,7 +158,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_launcher_ends_the_tasks(tmp_path, number, status):
-  # The tasks themselves must find the signals as they are by default.
+  # The launcher blocks the signals; the tasks must not inherit that.
   program = """
 assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 print(os.getpid())
@@ -181,7 +181,7 @@ if rank == 1:
     file.write("x")
   if starts.stat().st_size < 3:
     os.kill(os.getpid(), signal.SIGKILL)
-# The other may have been ended before it came this far: rank 1 alone counts.
+# Only rank 1 counts the starts: the launcher may end rank 0 before it gets here.
 while not starts.exists() or starts.stat().st_size < 3:
   time.sleep(0.05)
 """
@@ -194,7 +194,7 @@ def test_all_tasks_start_again_after_one_failed(tmp_path, restarts, status, star
   with _launch(tmp_path, program, str(tmp_path), launcher_flags=flags) as launcher:
     begun = time.monotonic()
     _, stderr = launcher.communicate(timeout=30)
-    assert time.monotonic() - begun > sum(2**i for i in range(starts - 1))  # It backs off.
+    assert time.monotonic() - begun > sum(2**i for i in range(starts - 1))  # The pauses double.
   assert launcher.returncode == status
   assert (tmp_path / "starts").read_text() == "x" * starts
   assert stderr.count("ended with signal 9") == min(2, restarts + 1)
@@ -202,7 +202,7 @@ def test_all_tasks_start_again_after_one_failed(tmp_path, restarts, status, star
 
 
 @pytest.mark.parametrize("status", [1, 2])
-def test_what_the_user_must_mend_is_not_started_again(tmp_path, status):
+def test_an_error_that_the_user_must_fix_is_not_restarted(tmp_path, status):
   program = f"print(os.getpid())\nsys.exit({status})"
   with _launch(tmp_path, program, tasks=1, launcher_flags=["--max_restarts=3"]) as launcher:
     stdout, stderr = launcher.communicate(timeout=30)
@@ -210,12 +210,12 @@ def test_what_the_user_must_mend_is_not_started_again(tmp_path, status):
   assert len(stdout.splitlines()) == 1 and "Restart" not in stderr
 
 
-def test_a_stopped_task_hears_the_signal_and_a_second_one_is_passed_on(tmp_path):
+def test_a_stopped_task_gets_the_signal_and_a_second_one_is_forwarded(tmp_path):
   program = """
-heard = []
-signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+received = []
+signal.signal(signal.SIGTERM, lambda *_: received.append(1))
 print(os.getpid())
-while len(heard) < 2:
+while len(received) < 2:
   time.sleep(0.05)
 """
   with _launch(tmp_path, program) as launcher:
@@ -231,7 +231,7 @@ while len(heard) < 2:
   _wait_until_gone(pids, seconds=0)
 
 
-def test_a_full_disk_beneath_the_launchers_output_ends_no_task(tmp_path):
+def test_no_task_ends_because_the_launcher_cannot_write_its_output(tmp_path):
   (tmp_path / "tiny.py").write_text(
     "import pathlib, sys\nfor _ in range(20000):\n  print('x' * 99)\nsys.stdout.flush()\n"
     "pathlib.Path(sys.argv[1]).touch()\n"
@@ -250,7 +250,7 @@ def test_a_full_disk_beneath_the_launchers_output_ends_no_task(tmp_path):
   assert (tmp_path / "done").exists()
 
 
-def test_a_suspended_launcher_goes_on(tmp_path):
+def test_a_suspended_launcher_resumes(tmp_path):
   with _launch(tmp_path, "print(os.getpid())\ntime.sleep(60)") as launcher:
     pids = _read_pids(launcher, 2)
     suspend(launcher)
@@ -262,7 +262,7 @@ def test_a_suspended_launcher_goes_on(tmp_path):
 
 
 def test_no_task_outlives_a_killed_launcher(tmp_path):
-  # Tasks that would neither heed SIGTERM nor notice the closed pipe.
+  # Tasks that ignore SIGTERM and do not notice the closed pipe.
   program = """
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print(os.getpid())
@@ -275,25 +275,19 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize(
-  "flag, said",
+  "flag, message",
   [
     ("--tasks=0", "--tasks=0: "),
     ("--tasks=-2", "--tasks=-2: "),
     ("--tasks=two", "flag --tasks=two: "),
     ("--module=no_such_module", "--module=no_such_module: "),
     ("--module=", "--module=: "),
-    ("--seed=1", "Unknown command line flag 'seed'; what is for the tasks goes behind `--`"),
+    ("--seed=1", "Unknown command line flag 'seed'; flags of the tasks go after `--`"),
   ],
 )
-def test_refuses_bad_flags_in_one_line(flag, said):
-  result = subprocess.run(
-    [sys.executable, "-m", "tools.launch_local", "--module=json.tool", flag],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=30,
-  )
+def test_refuses_bad_flags_in_one_line(flag, message):
+  result = run_module("tools.launch_local", "--module=json.tool", flag, timeout=30)
   assert result.returncode == 1
   assert result.stdout == ""
-  assert result.stderr.startswith(f"error: {said}")
+  assert result.stderr.startswith(f"error: {message}")
   assert result.stderr.count("\n") == 1
