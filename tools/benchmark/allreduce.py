@@ -39,13 +39,7 @@ from collections.abc import Callable
 import numpy as np
 from absl import app, flags
 
-from tf_largebatch.distributed.cluster import (
-  Cluster,
-  describe,
-  make_strategy,
-  read_cluster,
-  telling_lost_tasks,
-)
+from tf_largebatch.distributed.cluster import Cluster, read_cluster
 from tf_largebatch.errors import InterruptedRunError, UserError
 from tf_largebatch.recipe import NETWORKS
 from tf_largebatch.signals import end_process
@@ -224,6 +218,8 @@ def measure(cluster: Cluster, values: flags.FlagValues, lists: dict) -> dict | N
     values: the flags.
     lists: the flags that are lists, checked, by name.
   """
+  from tf_largebatch.distributed.strategy import describe, make_strategy
+
   strategy = make_strategy(cluster, values.communication, values.cluster_timeout_minutes)
   import tensorflow as tf
 
@@ -338,7 +334,9 @@ def _run(values: flags.FlagValues, left: list[str]):
   if path and not os.path.isdir(os.path.dirname(path) or "."):
     raise UserError(f"--json={values.json}: there is no such directory; make it first.")
   cluster = read_cluster()
-  with telling_lost_tasks(cluster, lambda: None):
+  from tf_largebatch.distributed.lost_tasks import report_lost_tasks
+
+  with report_lost_tasks(cluster, lambda: None):
     found = measure(cluster, values, lists)
   if found and path and cluster.is_chief:
     try:

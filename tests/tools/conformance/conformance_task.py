@@ -12,7 +12,8 @@ import keras
 import tensorflow as tf
 from tensorflow.python.distribute import collective_all_reduce_strategy
 
-from tf_largebatch.distributed import cluster
+from tf_largebatch.distributed.cluster import read_cluster
+from tf_largebatch.distributed.strategy import make_strategy
 from tf_largebatch.optim.sgd import MomentumCorrectedSGD
 from tools import verify
 
@@ -56,8 +57,8 @@ def main(directory, replicas, dtypes):
 
     extended = collective_all_reduce_strategy.CollectiveAllReduceExtended
     extended._initialize_local_devices = local_devices
-  this = cluster.read_cluster()
-  strategy = cluster.make_strategy(this)
+  this = read_cluster()
+  strategy = make_strategy(this)
   assert strategy.num_replicas_in_sync == this.num_tasks * replicas
   seen = {
     dtype: verify.observe(strategy, recipe, "small_residual", STEPS)
