@@ -32,13 +32,15 @@ from absl.testing import flagsaver
 from hypothesis import strategies as st
 
 from tests.launching import ROOT
-from tf_largebatch import train
+from tf_largebatch import command_line, train
 from tf_largebatch.data import sources
 from tf_largebatch.distributed.cluster import Cluster, read_cluster
 from tf_largebatch.errors import UserError
+from tf_largebatch.models.networks import build_model
+from tf_largebatch.optim.optimizers import build_optimizer
 from tf_largebatch.optim.sgd import MomentumCorrectedSGD
 from tf_largebatch.recipe import Recipe
-from tf_largebatch.training import trainer
+from tf_largebatch.training import resolution, work_directory
 from tf_largebatch.training.bad_examples import BadExamples
 from tf_largebatch.training.checkpoint import Checkpoints, Manifest
 from tf_largebatch.training.metrics import MetricsWriter, read_metrics
@@ -112,7 +114,7 @@ def check_main(capfd, work_dir, names, *arguments, watched=None):
   # The thread that waits for signals is slow to end, and no matter of these tests.
   calm = mock.patch.object(train.StopRequest, "watch_signals", contextlib.nullcontext)
   with calm, flagsaver.flagsaver():
-    argv = train.parse_flags(["train", f"--work_dir={work_dir}", *arguments])
+    argv = command_line.parse_flags(["train", f"--work_dir={work_dir}", *arguments])
     assert train.main(argv) == 1
   lines = capfd.readouterr().err.splitlines()
   check_line([line for line in lines if line.startswith("error: ")], names)
@@ -192,8 +194,11 @@ FLAGS = {
   "a seed below 0": (["--seed=-1"], "seed=-1"),
   "a dtype unknown": (["--dtype=float8"], "float8"),
   "a network unknown": (["--network="], "network=''"),
-  "nothing evaluated at once": (["--evaluation_batch_size=0"], "--evaluation_batch_size=0"),
-  "logged every -1 steps": (["--log_every_steps=-1"], "--log_every_steps=-1"),
+  "nothing evaluated at once": (
+    ["--evaluation_batch_size=0"],
+    "evaluation_batch_size=0 is out of range",
+  ),
+  "logged every -1 steps": (["--log_every_steps=-1"], "log_every_steps=-1 is out of range"),
   "no number of minutes": (["--checkpoint_every_minutes=nan"], "checkpoint_every_minutes=nan"),
   "collectives unknown": (["--communication=mpi"], "mpi"),
   "workers_per_pass no number": (["--workers_per_pass=all"], "workers_per_pass=all"),
@@ -251,7 +256,7 @@ def test_flagfiles(case, tmp_path):
 def recipe_of(*arguments):
   with flagsaver.flagsaver():
     flags.FLAGS(["train", *arguments])
-    return train.recipe_from_flags()
+    return command_line.recipe_from_flags()
 
 
 def tiny(units=3):
@@ -267,9 +272,9 @@ def whole_run(tmp_path_factory):
   """A work directory as the small recipe leaves it, but that another network was saved there."""
   directory = tmp_path_factory.mktemp("runs") / "whole"
   directory.mkdir()
-  recipe = trainer.resolve(recipe_of(*_SMALL), 1, "")
+  recipe = resolution.resolve(recipe_of(*_SMALL), 1, "")
   (directory / "recipe.json").write_text(json.dumps({"recipe": recipe.to_dict()}))
-  (directory / "flags.txt").write_text(recipe.to_flagfile())
+  (directory / "flags.txt").write_text(command_line.to_flagfile(recipe))
   records = [
     {"kind": "train", "step": 1, "epoch": 0.5, "loss": 2.0, "error": 0.5},
     {"kind": "train", "step": 2, "epoch": 1.0, "loss": 1.5, "error": 0.25},
@@ -332,24 +337,39 @@ DEEP = b"[" * 100_000
 # What is wrong with the work directory of a run that is to be continued, and what the line names.
 WORK_DIRS = {
   "another recipe": (edit(seed=7), "seed is 7 there and 0 now"),
-  "an older schema": (edit(momentum_correction=None), "momentum_correction is None there"),
-  "a newer schema": (edit(shoe_size=_LONG), "shoe_size is xxx"),
-  "k of text": (edit(workers="many"), "workers is many there"),
-  "recipe.json empty": (replace("recipe.json", b""), "recipe.json is no recipe"),
-  "recipe.json cut off": (replace("recipe.json", b'{"recipe": {"work'), "recipe.json is no recipe"),
-  "recipe.json of a list": (replace("recipe.json", b'{"recipe": [1]}'), "recipe.json is no recipe"),
+  "an older schema": (edit(epochs=None), "epochs is 90 there and 1 now"),
+  "a newer schema": (edit(shoe_size=_LONG), "'shoe_size'"),
+  "k of text": (edit(workers="many"), "workers='many'"),
+  "recipe.json empty": (replace("recipe.json", b""), "recipe.json does not hold the recipe"),
+  "recipe.json cut off": (
+    replace("recipe.json", b'{"recipe": {"work'),
+    "recipe.json does not hold the recipe",
+  ),
+  "recipe.json of a list": (
+    replace("recipe.json", b'{"recipe": [1]}'),
+    "recipe.json does not hold the recipe",
+  ),
   "recipe.json of another program": (replace("recipe.json", b'{"cake": 1}'), "'recipe'"),
-  "recipe.json not UTF-8": (replace("recipe.json", b"\xff\xfe{}"), "recipe.json is no recipe"),
+  "recipe.json not UTF-8": (
+    replace("recipe.json", b"\xff\xfe{}"),
+    "recipe.json does not hold the recipe",
+  ),
   "recipe.json nested too deep": (replace("recipe.json", DEEP), "nested too deep"),
-  "recipe.json a directory": (replace("recipe.json", None), "recipe.json is no recipe"),
+  "recipe.json a directory": (replace("recipe.json", None), "recipe.json does not hold the recipe"),
   "no recipe.json": (without_a_recipe, "flags.txt and metrics.jsonl and checkpoints"),
-  "result.json empty": (replace("result.json", b""), "result.json is no result"),
-  "result.json cut off": (replace("result.json", b'{"status": "comp'), "result.json is no result"),
-  "result.json of a list": (replace("result.json", b"[[1, 2]]"), "result.json is no result"),
-  "result.json of another program": (replace("result.json", b"{}"), "result.json is no result"),
-  "result.json not UTF-8": (replace("result.json", b"\xff"), "result.json is no result"),
+  "result.json empty": (replace("result.json", b""), "result.json is not the result"),
+  "result.json cut off": (
+    replace("result.json", b'{"status": "comp'),
+    "result.json is not the result",
+  ),
+  "result.json of a list": (replace("result.json", b"[[1, 2]]"), "result.json is not the result"),
+  "result.json of another program": (
+    replace("result.json", b"{}"),
+    "result.json is not the result",
+  ),
+  "result.json not UTF-8": (replace("result.json", b"\xff"), "result.json is not the result"),
   "result.json nested too deep": (replace("result.json", DEEP), "nested too deep"),
-  "result.json a directory": (replace("result.json", None), "result.json is no result"),
+  "result.json a directory": (replace("result.json", None), "result.json is not the result"),
   ".lock a directory": (replace(".lock", None), "cannot be written"),
   "another network's checkpoint": (lambda directory: None, "step-0000000002.json holds other"),
   "checkpoints a file": (replace("checkpoints", b"mine"), "checkpoints cannot be listed"),
@@ -567,9 +587,9 @@ def test_a_damaged_metrics_file_does_not_end_a_run(run_dir, caplog):
 
 def test_a_checkpoint_past_the_end(run_dir, capfd):
   """Of another run, put there by hand."""
-  recipe = trainer.resolve(recipe_of(*_SMALL), 1, "")
-  model = trainer.build_model(recipe, 1000)
-  optimizer = trainer.build_optimizer(recipe, 40)
+  recipe = resolution.resolve(recipe_of(*_SMALL), 1, "")
+  model = build_model(recipe, 1000)
+  optimizer = build_optimizer(recipe, 40)
   optimizer.build(model.trainable_variables)
   checkpoints = Checkpoints(str(run_dir / "checkpoints"), model, optimizer)
   checkpoints.save(3, 1.0)
@@ -676,13 +696,14 @@ _VALUES = (
 def recipe_and_what_follows(arguments):
   values = copy.deepcopy(flags.FLAGS)
   values.unparse_flags()
-  train.parse_flags(["train", *arguments], values)
-  recipe = train.recipe_from_flags(values)
+  command_line.parse_flags(["train", *arguments], values)
+  recipe = command_line.recipe_from_flags(values)
   recipe = dataclasses.replace(recipe, workers=recipe.workers or 8)
-  derived = trainer.derive(recipe, 1_281_167, 1)
+  derived = resolution.derive(recipe, 1_281_167, 1)
   assert math.isfinite(derived["peak_learning_rate"]) and derived["total_steps"] > 0
-  trainer.build_optimizer(recipe, 1_281_167).learning_rate  # noqa: B018 - Computes the rate.
-  assert train.recipe_from_flags(values) == Recipe(**recipe.to_dict() | {"workers": values.workers})
+  build_optimizer(recipe, 1_281_167).learning_rate  # noqa: B018 - Computes the rate.
+  again = Recipe(**recipe.to_dict() | {"workers": values.workers})
+  assert command_line.recipe_from_flags(values) == again
   return recipe
 
 
@@ -704,11 +725,11 @@ def test_any_work_directory_is_a_run_or_refused(whole_run, data, name):
     shutil.copytree(whole_run, directory, dirs_exist_ok=True)
     (directory / name).write_bytes(data.draw(mutated((whole_run / name).read_bytes())))
     before = contents(directory)
-    recipe = trainer.resolve(recipe_of(*_SMALL), 1, "")
+    recipe = resolution.resolve(recipe_of(*_SMALL), 1, "")
     for workers in (None, 2):
       given = dataclasses.replace(recipe, workers=workers)
-      one_line(trainer._with_workers_of_the_run, given, str(directory))
-    result = one_line(trainer.find_run, str(directory), recipe, {"name": "synthetic"})
+      one_line(work_directory.with_stored_workers, given, str(directory))
+    result = one_line(work_directory.find_run, str(directory), recipe, {"name": "synthetic"})
     assert result is None or result["status"] == "complete"
     assert contents(directory) == before
 

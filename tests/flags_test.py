@@ -9,8 +9,9 @@ import pytest
 from absl import flags
 
 from tests.launching import ROOT
+from tf_largebatch import train  # noqa: F401 - Defines the flags.
+from tf_largebatch.command_line import recipe_from_flags
 from tf_largebatch.recipe import Recipe
-from tf_largebatch.train import recipe_from_flags
 
 _TRAIN_EXAMPLES = {"imagenet2012": 1_281_167, "cifar10": 50_000, "fashion_mnist": 60_000}
 

@@ -12,7 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from tests.launching import ROOT, SMALL
-from tf_largebatch import train
+from tf_largebatch import command_line, train
 from tf_largebatch.recipe import Recipe
 
 
@@ -24,7 +24,7 @@ def run_main(*arguments):
 def recipe_of(*arguments):
   with flagsaver.flagsaver():
     flags.FLAGS(["train", *arguments])
-    return train.recipe_from_flags()
+    return command_line.recipe_from_flags()
 
 
 def test_every_field_of_the_recipe_is_a_flag_with_its_default():

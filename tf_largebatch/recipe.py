@@ -3,47 +3,44 @@
 import dataclasses
 import itertools
 import math
-import types
-import typing
 
+from tf_largebatch import fields
 from tf_largebatch.errors import UserError
+from tf_largebatch.fields import declare
 
-NETWORKS = (
-  *("resnet8", "resnet20", "resnet32", "resnet56"),
-  *("resnet50", "resnet101", "resnet152"),
-)
-SCALINGS = ("linear", "sqrt", "none")
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+  """A residual network's shape.
+
+  Attributes:
+    block: "basic" (two 3×3 convolutions) or "bottleneck" (1×1, 3×3, 1×1).
+    width: channels of the first stage's 3×3 convolutions; each further stage has twice as many.
+    blocks: residual blocks in each stage.
+  """
+
+  block: str
+  width: int
+  blocks: tuple[int, ...]
+
+
+# He et al. 2016 (arXiv 1512.03385), Table 1 for ImageNet and §4.2 for CIFAR. ResNet-8 is ours: the
+# CIFAR design at half the width, so that a run takes minutes on one CPU core.
+NETWORKS = {
+  "resnet8": Stages("basic", 8, (1, 1, 1)),
+  "resnet20": Stages("basic", 16, (3, 3, 3)),
+  "resnet32": Stages("basic", 16, (5, 5, 5)),
+  "resnet56": Stages("basic", 16, (9, 9, 9)),
+  "resnet50": Stages("bottleneck", 64, (3, 4, 6, 3)),
+  "resnet101": Stages("bottleneck", 64, (3, 4, 23, 3)),
+  "resnet152": Stages("bottleneck", 64, (3, 8, 36, 3)),
+}
+# Peak rate over η, by the ratio kn / reference batch size (§2.1, Table 2a).
+_SCALINGS = {"linear": lambda ratio: ratio, "sqrt": math.sqrt, "none": lambda ratio: 1.0}
+SCALINGS = tuple(_SCALINGS)
 WARMUPS = ("gradual", "constant", "none")
 AUGMENTATIONS = ("area_crop", "pad_crop", "none")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-def _field(default, help_text: str, choices: tuple[str, ...] | None = None):
-  return dataclasses.field(default=default, metadata={"help": help_text, "choices": choices})
-
-
-def _checked(field: dataclasses.Field, value):
-  """The value as the field's type (a whole number will do for a float), or a UserError."""
-  kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
-  if value is None and types.NoneType in kinds:
-    return None
-  kind = kinds[0]
-  choices = field.metadata["choices"]
-  if choices and value not in choices:
-    raise UserError(f"{field.name}={value!r} is unknown; one of {', '.join(choices)} would do.")
-  if typing.get_origin(kind) is tuple and isinstance(value, tuple | list):
-    if all(_is_finite_number(item) for item in value):
-      return tuple(float(item) for item in value)
-  elif kind is float and _is_finite_number(value):
-    return float(value)
-  elif type(value) is kind and kind is not float:
-    return value
-  kind_name = {int: "a whole number", bool: "True or False", str: "text"}.get(kind, "finite")
-  raise UserError(f"{field.name}={value!r} is refused; it must be {kind_name}.")
-
-
-def _is_finite_number(value) -> bool:
-  return type(value) in (int, float) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,129 +48,134 @@ class Recipe:
   """k workers of n images, the seed, the schedule, the network and the data (Goyal et al. 2017).
 
   Two runs with equal recipes train on the same samples in the same order with the same
-  augmentation and take the same steps, whatever the cluster. A field that is None is chosen by
-  the data set or the cluster before the run starts (see each field's help).
+  augmentation and take the same steps on any cluster. The data set or the cluster chooses the
+  fields that are None before the run starts (see each field's help).
 
   Raises:
-    UserError: a value is out of range or does not fit another; one line says what would do.
+    UserError: a value is out of range or does not fit another.
   """
 
-  dataset: str = _field(
+  dataset: str = declare(
     "imagenet2012", "Name of a TensorFlow Datasets image classification set, or 'synthetic'."
   )
-  train_split: str = _field("train", "Split to train on; slices such as train[:5120] are allowed.")
-  validation_split: str | None = _field(
-    None, "Split to evaluate on; left out: 'validation' if the data set has one, else 'test'."
+  train_split: str = declare("train", "Split to train on; slices such as train[:5120] are allowed.")
+  validation_split: str | None = declare(
+    None, "Split to evaluate on. Default: 'validation' if the data set has one, else 'test'."
   )
-  image_size: int | None = _field(
-    None, "Side of the square images in pixels; left out: the data set's own, or 224."
+  image_size: int | None = declare(
+    None,
+    "Side of the square images in pixels. Default: that of the data set's images if they are all "
+    "squares of one size up to 64, else 224.",
+    at_least=1,
+    below=2**16,
   )
-  augmentation: str | None = _field(
+  augmentation: str | None = declare(
     None,
     "area_crop: random crop of 8-100% of the area, aspect 3/4-4/3, and flip (the paper's). "
     "pad_crop: pad by 4, random crop, flip (CIFAR). none: no augmentation. "
-    "Left out: pad_crop for images of one fixed size up to 64 pixels, else area_crop.",
-    AUGMENTATIONS,
+    "Default: pad_crop for square images of one size up to 64 pixels, else area_crop.",
+    choices=AUGMENTATIONS,
   )
-  channel_mean: tuple[float, ...] | None = _field(
-    None, "Mean of each channel, 0 to 255; left out: the data set's, where known, or ImageNet's."
+  channel_mean: tuple[float, ...] | None = declare(
+    None,
+    "Mean of each channel, 0 to 255. Default: the data set's if known, else ImageNet's.",
+    at_least=0,
+    at_most=255,
   )
-  channel_std: tuple[float, ...] | None = _field(
-    None, "Standard deviation of each channel, 0 to 255; left out: as for channel_mean."
+  channel_std: tuple[float, ...] | None = declare(
+    None, "Standard deviation of each channel, 0 to 255. Default: as for channel_mean.", above=0
   )
-  network: str = _field(
+  network: str = declare(
     "resnet50",
-    "Network: resnet50, resnet101 or resnet152 (ImageNet), resnet20, resnet32 or resnet56 (CIFAR), "
-    "resnet8 (half as wide as those, for scale models).",
-    NETWORKS,
+    "resnet50, resnet101, resnet152: for ImageNet. resnet20, resnet32, resnet56: for CIFAR. "
+    "resnet8: half as wide as those for CIFAR, for scale models.",
+    choices=tuple(NETWORKS),
   )
-  last_gamma: float = _field(
+  last_gamma: float = declare(
     0.0, "Initial gamma of the last batch normalisation of each residual block."
   )
-  batch_norm_momentum: float = _field(0.9, "Momentum of batch normalisation's running averages.")
-  batch_norm_epsilon: float = _field(1e-5, "Epsilon of batch normalisation.")
-  dtype: str = _field(
+  batch_norm_momentum: float = declare(
+    0.9, "Momentum of batch normalisation's moving averages.", at_least=0, below=1
+  )
+  batch_norm_epsilon: float = declare(1e-5, "Epsilon of batch normalisation.", above=0)
+  dtype: str = declare(
     "float32",
-    "float32, bfloat16 or float16 (computation; float32 weights, statistics and loss, and, for "
-    "float16, dynamic loss scaling) or float64.",
-    DTYPES,
+    "Precision of the computation. bfloat16 and float16 keep weights, statistics and loss in "
+    "float32; float16 scales the loss dynamically.",
+    choices=DTYPES,
   )
-  workers: int | None = _field(
+  workers: int | None = declare(
     None,
-    "k, groups of images that normalise together, on any number of devices; left out: one a "
-    "device.",
+    "k, the number of workers: groups of images that normalise together, on any number of "
+    "devices. Default: one per device.",
+    at_least=1,
+    below=2**31,
   )
-  per_worker_batch_size: int = _field(32, "n, images of each worker in a step.")
-  epochs: int = _field(90, "Passes over the training split.")
-  reference_learning_rate: float = _field(
-    0.1, "eta, the learning rate of a minibatch of reference_batch_size images."
+  per_worker_batch_size: int = declare(
+    32, "n, images per worker in each step.", at_least=1, below=2**31
   )
-  reference_batch_size: int = _field(256, "Images of the minibatch that eta belongs to.")
-  learning_rate_scaling: str = _field(
+  epochs: int = declare(90, "Passes over the training split.", at_least=1, below=2**31)
+  reference_learning_rate: float = declare(
+    0.1, "eta, the learning rate for a minibatch of reference_batch_size images.", above=0
+  )
+  reference_batch_size: int = declare(
+    256, "Images in the minibatch that eta belongs to.", at_least=1, below=2**31
+  )
+  learning_rate_scaling: str = declare(
     "linear",
-    "Peak rate: linear = eta * kn / reference_batch_size (the paper's rule), sqrt = eta * "
-    "sqrt(kn / reference_batch_size), none = eta.",
-    SCALINGS,
+    "Peak rate. linear: eta * kn / reference_batch_size (the paper's rule). sqrt: eta * "
+    "sqrt(kn / reference_batch_size). none: eta.",
+    choices=SCALINGS,
   )
-  warmup: str = _field(
+  warmup: str = declare(
     "gradual",
     "For minibatches above reference_batch_size. gradual: from eta to the peak by a constant "
-    "amount each step. constant: eta during warmup. none: the peak at once.",
-    WARMUPS,
+    "amount each step. constant: eta during warmup. none: the peak from the first step.",
+    choices=WARMUPS,
   )
-  warmup_epochs: float = _field(5.0, "Length of the warmup in epochs.")
-  decay_epochs: tuple[float, ...] = _field(
-    (30.0, 60.0, 80.0), "Epochs at which the rate is multiplied by decay_factor."
+  warmup_epochs: float = declare(5.0, "Length of the warmup in epochs.", at_least=0)
+  decay_epochs: tuple[float, ...] = declare(
+    (30.0, 60.0, 80.0),
+    "Epochs at which the rate is multiplied by decay_factor, in increasing order.",
+    above=0,
+    below=2**31,
   )
-  decay_factor: float = _field(0.1, "Factor of each decay of the rate.")
-  momentum: float = _field(0.9, "Momentum m of SGD.")
-  nesterov: bool = _field(True, "Nesterov momentum.")
-  momentum_correction: bool = _field(
-    True, "Rescale the momentum buffer where the rate changes (the paper's remark 2)."
+  decay_factor: float = declare(0.1, "Factor of each decay of the rate.", above=0)
+  momentum: float = declare(0.9, "m, the momentum of SGD.", at_least=0, below=1)
+  nesterov: bool = declare(True, "Use Nesterov momentum.")
+  momentum_correction: bool = declare(
+    True, "Rescale the momentum buffer when the rate changes (the paper's remark 2)."
   )
-  weight_decay: float = _field(
-    1e-4, "lambda of lambda/2 |w|^2, on the kernels of convolutions and dense layers alone."
+  weight_decay: float = declare(
+    1e-4,
+    "lambda of lambda/2 |w|^2, applied to the kernels of convolutions and dense layers only.",
+    at_least=0,
   )
-  label_smoothing: float = _field(0.0, "Share of the target spread evenly over all classes.")
-  seed: int = _field(0, "Seed of the initial weights, the shuffles and the augmentation.")
+  label_smoothing: float = declare(
+    0.0, "Share of the target spread evenly over all classes.", at_least=0, below=1
+  )
+  seed: int = declare(
+    0,
+    "Seed of the initial weights, the shuffles and the augmentation.",
+    at_least=0,
+    below=2**31,
+  )
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
-    for name in ("workers", "per_worker_batch_size", "epochs", "reference_batch_size"):
-      value = getattr(self, name)
-      self._require(name, value is None or 1 <= value < 2**31, "at least 1 and below 2^31")
-    size = self.image_size
-    self._require("image_size", size is None or 1 <= size < 2**16, "at least 1 and below 2^16")
-    for name in ("reference_learning_rate", "batch_norm_epsilon", "decay_factor"):
-      self._require(name, getattr(self, name) > 0, "above 0")
-    for name in ("momentum", "batch_norm_momentum", "label_smoothing"):
-      self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-    self._require("weight_decay", self.weight_decay >= 0, "at least 0")
-    self._require("seed", 0 <= self.seed < 2**31, "in [0, 2^31)")
-    self._require("warmup_epochs", self.warmup_epochs >= 0, "at least 0")
+    fields.check(self)
     if self.workers is None or self.warms_up:
-      limit = f"below epochs={self.epochs}, or warmup=none"
-      self._require(
-        "warmup_epochs", self.warmup == "none" or self.warmup_epochs < self.epochs, limit
+      fields.require(
+        self,
+        "warmup_epochs",
+        self.warmup == "none" or self.warmup_epochs < self.epochs,
+        f"below epochs={self.epochs}, or warmup=none",
       )
-    decays = self.decay_epochs
-    self._require(
-      "decay_epochs",
-      all(0 < x < 2**31 for x in decays) and all(a < b for a, b in itertools.pairwise(decays)),
-      "above 0, below 2^31 and each later than the one before",
-    )
-    if self.channel_mean is not None:
-      self._require("channel_mean", all(0 <= x <= 255 for x in self.channel_mean), "in [0, 255]")
-    if self.channel_std is not None:
-      self._require("channel_std", all(x > 0 for x in self.channel_std), "above 0 in all channels")
+    increase = all(a < b for a, b in itertools.pairwise(self.decay_epochs))
+    fields.require(self, "decay_epochs", increase, "in increasing order")
     if self.workers is not None:
       finite = math.isfinite(self.peak_learning_rate)
-      self._require("reference_learning_rate", finite, "finite when scaled to the minibatch too")
-
-  def _require(self, name: str, holds: bool, would_do: str):
-    if not holds:
-      raise UserError(f"{name}={getattr(self, name)} is out of range; it must be {would_do}.")
+      expected = "finite when scaled to the minibatch too"
+      fields.require(self, "reference_learning_rate", finite, expected)
 
   @property
   def global_batch_size(self) -> int:
@@ -184,8 +186,8 @@ class Recipe:
 
   @property
   def warms_up(self) -> bool:
-    """Whether there is a warmup at all: it is for kn above the reference's minibatch (§5.3)."""
-    return self.warmup != "none" and self.global_batch_size > self.reference_batch_size
+    """Whether the run begins with a warmup."""
+    return warms_up(self.warmup, self.global_batch_size, self.reference_batch_size)
 
   @property
   def peak_learning_rate(self) -> float:
@@ -198,7 +200,7 @@ class Recipe:
     )
 
   def steps_per_epoch(self, train_examples: int) -> int:
-    """Whole steps of kn images in an epoch; the tail below kn is left out of that epoch.
+    """Whole steps of kn images in an epoch; each epoch leaves out the last train_examples mod kn.
 
     Raises:
       UserError: the training split is smaller than one step.
@@ -208,7 +210,7 @@ class Recipe:
       raise UserError(
         f"A step of workers={self.workers} x per_worker_batch_size={self.per_worker_batch_size} = "
         f"{self.global_batch_size} images is more than the {train_examples} of {self.dataset} "
-        f"{self.train_split}; choose fewer workers or images a worker."
+        f"{self.train_split}; choose fewer workers or images per worker."
       )
     return steps
 
@@ -223,14 +225,10 @@ class Recipe:
       for name, value in dataclasses.asdict(self).items()
     }
 
-  def to_flagfile(self) -> str:
-    """A flag a line for every field that is not None: a flagfile that repeats the recipe."""
-    lines = []
-    for name, value in self.to_dict().items():
-      if value is not None:
-        value = ",".join(map(str, value)) if isinstance(value, list) else value
-        lines.append(f"--{name}={value}\n")
-    return "".join(lines)
+
+def warms_up(warmup: str, global_batch_size: int, reference_batch_size: int) -> bool:
+  """Whether there is a warmup: only for kn above the reference's minibatch (§5.3)."""
+  return warmup != "none" and global_batch_size > reference_batch_size
 
 
 def scaled_learning_rate(
@@ -241,11 +239,8 @@ def scaled_learning_rate(
   Raises:
     UserError: an unknown scaling.
   """
-  ratio = global_batch_size / reference_batch_size
-  if scaling == "linear":
-    return reference_learning_rate * ratio
-  if scaling == "sqrt":
-    return reference_learning_rate * math.sqrt(ratio)
-  if scaling == "none":
-    return reference_learning_rate
-  raise UserError(f"learning_rate_scaling={scaling!r} is unknown; one of {', '.join(SCALINGS)}.")
+  if scaling not in _SCALINGS:
+    raise UserError(
+      f"learning_rate_scaling={scaling!r} is unknown; use one of {', '.join(SCALINGS)}."
+    )
+  return reference_learning_rate * _SCALINGS[scaling](global_batch_size / reference_batch_size)

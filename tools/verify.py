@@ -34,7 +34,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 from absl import app, flags
 
-from tf_largebatch.distributed.cluster import describe, make_strategy, read_cluster
+from tf_largebatch.distributed.cluster import read_cluster
 from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
 from tools.conformance import reference
@@ -163,7 +163,7 @@ def make_examples(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
 def make_parameters(network: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
   """Weights and moving statistics by name to start from, float32 values, none of them at rest.
 
-  Empty for the package's networks, which start from what `trainer.build_model` gave them.
+  Empty for the package's networks, which start from what `networks.build_model` gave them.
   """
   rng = np.random.default_rng(2)
   shapes = {"plain": {"conv1": (3, 3, 3, 8), "conv2": (3, 3, 8, 12), "logits": (12, CLASSES)}}
@@ -206,11 +206,11 @@ def build_network(network: str, recipe: Recipe, loss_scale: float = 1.0):
   """
   import keras
 
+  from tf_largebatch.models.networks import build_model
   from tf_largebatch.models.normalization import PerWorkerBatchNormalization
-  from tf_largebatch.training import trainer
 
   if network == recipe.network:
-    return trainer.build_model(recipe, CLASSES)
+    return build_model(recipe, CLASSES)
   dtype = recipe.dtype
 
   def convolution(x, filters, size, strides, name):
@@ -272,12 +272,14 @@ def observe(
   import tensorflow as tf
 
   from tf_largebatch.data import sources
-  from tf_largebatch.training import step, trainer
+  from tf_largebatch.optim.optimizers import build_optimizer
+  from tf_largebatch.training import step
+  from tf_largebatch.training.batches import distribute_train_dataset
 
   source = sources.ArraySource(*make_examples(recipe), CLASSES)
   with strategy.scope():
     model = build_network(network, recipe, loss_scale)
-    optimizer = trainer.build_optimizer(recipe, source.num_examples)
+    optimizer = build_optimizer(recipe, source.num_examples)
     optimizer.build(model.trainable_variables)
   weights, statistics = make_parameters(network)
   for variable in model.weights:
@@ -299,7 +301,7 @@ def observe(
       largest.append(tf.reduce_max(tf.abs(mine - first)))
     return tf.reduce_max(tf.stack(largest))
 
-  batches = iter(trainer.distribute_train_dataset(strategy, recipe, source, first_step))
+  batches = iter(distribute_train_dataset(strategy, recipe, source, first_step))
   train_step = step.make_train_step(strategy, model, optimizer, recipe)
   gather_ids = make_gather(strategy, numbers)
   ids, scalars, history = [], [], [variables()]
@@ -501,7 +503,7 @@ def check_weight_decay(strategy) -> list[Line]:
 
 def check_schedule(strategy) -> list[Line]:
   """§2.1, §2.2, remark 2 and remark 4, on a run across a warmup, two decays and three epochs."""
-  from tf_largebatch.training import trainer
+  from tf_largebatch.optim.optimizers import build_optimizer
 
   recipe = make_recipe(strategy.num_replicas_in_sync)
   steps = 3 * STEPS_PER_EPOCH
@@ -512,7 +514,7 @@ def check_schedule(strategy) -> list[Line]:
   ratio = recipe.global_batch_size / recipe.reference_batch_size
   # A minibatch below the reference's has no warmup (§5.3).
   small = dataclasses.replace(recipe, reference_batch_size=2 * recipe.global_batch_size)
-  optimizer = trainer.build_optimizer(small, len(make_examples(small)[0]))
+  optimizer = build_optimizer(small, len(make_examples(small)[0]))
   unwarmed = abs(float(optimizer.learning_rate) / reference_rates(small, 1)[0] - 1)
   off = [name for name, value in PAPER.items() if getattr(Recipe(), name) != value]
   return [
@@ -651,14 +653,14 @@ def check_step(strategy) -> list[Line]:
 
 
 def check_network(strategy) -> list[Line]:
-  """§5.1: ResNet-50 as `trainer.build_model` makes it, on this task's first device."""
+  """§5.1: ResNet-50 as `networks.build_model` makes it, on this task's first device."""
   import keras
 
-  from tf_largebatch.training import trainer
+  from tf_largebatch.models.networks import build_model
 
   recipe = make_recipe(1, network="resnet50", image_size=64, per_worker_batch_size=4)
   with strategy.scope():
-    model = trainer.build_model(recipe, CLASSES)
+    model = build_model(recipe, CLASSES)
   start = {variable.path: variable.numpy().astype(np.float64) for variable in model.weights}
   last = set(reference.last_batch_norms("resnet50"))
   constants = {"gamma": 1.0, "beta": 0.0, "bias": 0.0}
@@ -804,7 +806,7 @@ def verify(strategy, only=()) -> list[Line]:
   """Runs the checks on the strategy; each deviation is the worst that a task found.
 
   Args:
-    strategy: made by `cluster.make_strategy`.
+    strategy: made by `make_strategy`.
     only: names of the properties to check; empty: all but those of `check_resnet50`.
   """
   only = set(only) or {name for names in CHECKS.values() for name in names} - set(_LONG)
@@ -853,7 +855,8 @@ def _run() -> int:
     (cpu,) = tf.config.list_physical_devices("CPU")
     parts = [tf.config.LogicalDeviceConfiguration()] * flags.FLAGS.logical_cpus
     tf.config.set_logical_device_configuration(cpu, parts)
-  from tf_largebatch.training import trainer
+  from tf_largebatch.distributed.strategy import describe, make_strategy
+  from tf_largebatch.training.environment import versions
 
   strategy = make_strategy(cluster, flags.FLAGS.communication)
 
@@ -870,7 +873,7 @@ def _run() -> int:
     "properties": [_as_json(line) for line in lines],
     "seconds": seconds,
     "cluster": where,
-    "versions": trainer.versions(),
+    "versions": versions(),
   }
   print(", ".join(f"{name} {value}" for name, value in where.items()))
   print(f"{'property':<22}{'deviation':>10}{'limit':>10}")

@@ -14,8 +14,9 @@ from kubernetes.client import models as kubernetes_models
 from kubernetes.utils import parse_quantity
 
 from tests.launching import ROOT
+from tf_largebatch import train  # noqa: F401 - Defines the flags.
+from tf_largebatch.command_line import recipe_from_flags
 from tf_largebatch.distributed.cluster import Cluster, read_cluster
-from tf_largebatch.train import recipe_from_flags
 
 _TEXT = (ROOT / "tools/kubernetes/train.yaml").read_text()
 _KINDS = {
@@ -136,7 +137,7 @@ def test_the_operator_restarts_what_a_restart_helps(job, pod, container):
   assert "restartPolicy" not in pod  # The operator would overwrite it.
   # 30 s to save, and the rest of a step.
   assert pod["terminationGracePeriodSeconds"] >= 60
-  # SIGALRM ends no process 1 (cluster._ended_by_alarm).
+  # SIGALRM ends no process 1 (strategy._ended_by_alarm).
   assert pod["shareProcessNamespace"] is True
   # No shell between SIGTERM and the trainer.
   assert container["command"] == ["python", "-m", "tf_largebatch.train"]

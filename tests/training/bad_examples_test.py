@@ -17,7 +17,7 @@ from tf_largebatch import files
 from tf_largebatch.data import input_pipeline, sources
 from tf_largebatch.errors import InterruptedRunError, UserError
 from tf_largebatch.recipe import Recipe
-from tf_largebatch.training import trainer
+from tf_largebatch.training import batches as batches_lib
 from tf_largebatch.training.bad_examples import BadExamples
 
 SHARDS, SHARD_EXAMPLES, CLASSES = 3, 8, 24
@@ -156,7 +156,7 @@ def test_fail_ends_the_run_by_that_line(tmp_path, bad):
   strategy = tf.distribute.get_strategy()
   cluster = types.SimpleNamespace(num_tasks=1, task_index=0)
   source = shards.open()
-  batches = trainer._train_batches(strategy, cluster, RECIPE, source, 0, None)
+  batches = batches_lib.train_batches(strategy, cluster, RECIPE, source, 0, None)
   with pytest.raises(UserError) as error:
     list(itertools.islice(batches, 2))
   text = str(error.value)
@@ -233,7 +233,8 @@ def test_a_shard_that_vanishes_during_the_run_ends_it_even_under_skip(tmp_path, 
   source = shards.open()
   os.remove(shards.paths[1])
   with pytest.raises(UserError, match=f"{shards.paths[1]}.*No such file"):
-    trainer._next(iter_of(source, told), RECIPE, "train", source, range(EXAMPLES), bool(told))
+    batches = iter_of(source, told)
+    batches_lib.next_batch(batches, RECIPE, "train", source, range(EXAMPLES), bool(told))
 
 
 def iter_of(source, told):
@@ -249,14 +250,14 @@ def test_a_shard_that_changes_after_it_was_indexed(tmp_path):
   again = other.open(index_dir)
   assert [x for part in again._offsets for x in part[:-1]] == other.offsets != shards.offsets
   with pytest.raises(UserError, match=f"offset {shards.offsets[11]} of {shards.paths[1]}"):
-    trainer._next(iter_of(source, None), RECIPE, "train", source, range(EXAMPLES), False)
+    batches_lib.next_batch(iter_of(source, None), RECIPE, "train", source, range(EXAMPLES), False)
 
 
 def test_nine_bad_examples_in_a_row_are_no_accident(tmp_path):
   source = Shards(str(tmp_path), dict.fromkeys(range(7, 16), b"")).open()
-  with pytest.raises(UserError, match=r"example 7 .* too many examples behind it") as error:
+  with pytest.raises(UserError, match=r"example 7 .* too many successive examples") as error:
     batches = iter_of(source, lambda index: None)
-    trainer._next(batches, RECIPE, "train", source, range(EXAMPLES), True)
+    batches_lib.next_batch(batches, RECIPE, "train", source, range(EXAMPLES), True)
   assert "--bad_examples" not in str(error.value)  # That is what does not help.
 
 
@@ -319,9 +320,9 @@ def test_a_fault_is_of_what_the_pipeline_decodes(tmp_path):
   assert sources.fault(source, 3) is None
   with pytest.raises(UserError, match=r"example 3 .*Prepare the data again"):
     batches = (train_batches(grey, source) for _ in range(1))
-    trainer._next(batches, grey, "train", source, range(EXAMPLES), False)
+    batches_lib.next_batch(batches, grey, "train", source, range(EXAMPLES), False)
   bad = BadExamples(str(tmp_path), 0, 1)
-  bad.tell("train", source, 3)
+  bad.record("train", source, 3)
   bad.write()
   assert "failed once" not in (tmp_path / "bad_examples.jsonl").read_text()
 
@@ -334,7 +335,7 @@ def test_what_is_told_is_listed_once_with_its_fault(tmp_path, faulty, caplog):
   assert bad.write() == 0
   assert not list(work_dir.iterdir())
   for _ in range(2):
-    bad.tell("train", source, 10)
+    bad.record("train", source, 10)
   assert bad.write() == bad.write() == 1
   (line,) = (work_dir / "bad_examples.jsonl").read_text().splitlines()
   line = json.loads(line)
@@ -343,13 +344,13 @@ def test_what_is_told_is_listed_once_with_its_fault(tmp_path, faulty, caplog):
   assert "example 10 " in caplog.text
   # Another task, which came upon it too and upon another.
   other = BadExamples(str(work_dir), 1, 3)
-  other.tell("train", source, 10)
-  other.tell("validation", source, 3)
+  other.record("train", source, 10)
+  other.record("validation", source, 3)
   assert other.write() == 2
   assert "failed once" in (work_dir / "bad_examples.1.jsonl").read_text()
   # The run goes on.
   bad = BadExamples(str(work_dir), 0, 3)
-  bad.tell("train", source, 10)
+  bad.record("train", source, 10)
   assert bad.write() == 2
   assert len((work_dir / "bad_examples.jsonl").read_text().splitlines()) == 1
 
@@ -359,7 +360,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line(tmp_path, faulty, caplog,
   work_dir = tmp_path / "run"
   work_dir.mkdir()
   bad = BadExamples(str(work_dir), 0, 3)
-  bad.tell("train", source, 10)
+  bad.record("train", source, 10)
 
   def refuse(path, text):
     raise OSError(28, "No space left on device")
@@ -367,7 +368,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line(tmp_path, faulty, caplog,
   with monkeypatch.context() as full:
     full.setattr(files, "write_text", refuse)
     bad.write()
-  assert "bad_examples.jsonl is behind" in caplog.text and not list(work_dir.iterdir())
+  assert "/bad_examples.jsonl (" in caplog.text and not list(work_dir.iterdir())
   assert bad.write() == 1
   assert len((work_dir / "bad_examples.jsonl").read_text().splitlines()) == 1
 
@@ -380,8 +381,10 @@ def test_data_that_were_out_of_reach_for_a_moment(tmp_path):
     yield
 
   source = Shards(str(tmp_path)).open()
-  with pytest.raises(InterruptedRunError, match=r"Connection reset.*all .* read well now") as error:
-    trainer._next(fail(), RECIPE, "train", source, range(EXAMPLES), False)
+  with pytest.raises(
+    InterruptedRunError, match=r"Connection reset.*all .* can be read now"
+  ) as error:
+    batches_lib.next_batch(fail(), RECIPE, "train", source, range(EXAMPLES), False)
   assert error.value.status == 138
 
 

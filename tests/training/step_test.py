@@ -1,4 +1,4 @@
-"""The step against the paper's sums, whichever way it is computed (`StepOptions`)."""
+"""The step against the paper's sums, whichever way it is computed (`RunOptions`)."""
 
 import functools
 import itertools
@@ -16,9 +16,10 @@ from tf_largebatch.errors import UserError
 from tf_largebatch.models.normalization import PerWorkerBatchNormalization
 from tf_largebatch.optim.loss_scale import LossScale
 from tf_largebatch.optim.sgd import MomentumCorrectedSGD
+from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.training import step
-from tf_largebatch.training.step import StepOptions
+from tf_largebatch.training import workers_per_pass as passes
 
 _CLASSES, _SIDE = 3, 6
 
@@ -64,7 +65,7 @@ def _steps(recipe, options, dtype):
 
 def _steps_in(recipe, options, dtype):
   model = _model(recipe.per_worker_batch_size, dtype)
-  optimizer = MomentumCorrectedSGD(0.2, weight_decay=0.1, jit_compile=options.jit)
+  optimizer = MomentumCorrectedSGD(0.2, weight_decay=0.1, jit_compile=step.uses_xla(options))
   optimizer.build(model.trainable_variables)
   loss_scale = LossScale() if dtype == "mixed_float16" else None
   train_step = step.make_train_step(
@@ -82,12 +83,12 @@ def _difference(some, others):
 
 @functools.cache
 def _one_by_one():
-  return _steps(_recipe(dtype="float64"), StepOptions(workers_per_pass=1), "float64")
+  return _steps(_recipe(dtype="float64"), RunOptions(workers_per_pass=1), "float64")
 
 
 @pytest.mark.parametrize("workers_per_pass, jit", [(2, False), (2, True), (4, False)])
 def test_any_number_of_workers_in_a_pass_takes_the_same_steps(workers_per_pass, jit):
-  options = StepOptions(workers_per_pass=workers_per_pass, jit_compile=jit)
+  options = RunOptions(workers_per_pass=workers_per_pass, jit_compile=jit)
   weights, scalars = _steps(_recipe(dtype="float64"), options, "float64")
   assert _difference(weights, _one_by_one()[0]) < 1e-12
   for some, others in zip(scalars, _one_by_one()[1], strict=True):
@@ -98,7 +99,7 @@ def test_any_number_of_workers_in_a_pass_takes_the_same_steps(workers_per_pass, 
 def test_another_n_is_another_step():
   """What the test above would not see if batch normalisation went over the whole pass."""
   recipe = _recipe(workers=2, n=10, dtype="float64")
-  weights, _ = _steps(recipe, StepOptions(workers_per_pass=1), "float64")
+  weights, _ = _steps(recipe, RunOptions(workers_per_pass=1), "float64")
   images = recipe.global_batch_size
   assert images == _recipe().global_batch_size
   assert _difference(weights, _one_by_one()[0]) > 1e-3
@@ -106,7 +107,7 @@ def test_another_n_is_another_step():
 
 @pytest.mark.parametrize("workers_per_pass", [1, 2])
 def test_float16_with_its_loss_scale_is_near_float32(workers_per_pass):
-  options = StepOptions(workers_per_pass=workers_per_pass)
+  options = RunOptions(workers_per_pass=workers_per_pass)
   half, scalars = _steps(_recipe(), options, "mixed_float16")
   single, _ = _steps(_recipe(), options, "float32")
   start = [weight.numpy() for weight in _model(5, "float32").weights]
@@ -166,20 +167,22 @@ def test_on_a_gpu_workers_go_together_while_that_is_faster(monkeypatch, seconds,
       raise tf.errors.ResourceExhaustedError(None, None, "out of memory")
     return seconds[tried[-1]]
 
-  monkeypatch.setattr(step.tf.config, "get_visible_devices", lambda kind: [kind])
-  monkeypatch.setattr(step, "make_replica_sums", make)
-  monkeypatch.setattr(step, "_seconds", measured)
-  arguments = (_model(5, "float32"), _recipe(workers), StepOptions(), workers)
-  assert step.choose_workers_per_pass(*arguments) == expected
+  monkeypatch.setattr(passes.tf.config, "get_visible_devices", lambda kind: [kind])
+  monkeypatch.setattr(passes, "make_replica_sums", make)
+  monkeypatch.setattr(passes, "_seconds", measured)
+  arguments = (_model(5, "float32"), _recipe(workers), RunOptions(), workers)
+  assert passes.choose_workers_per_pass(*arguments) == expected
   assert tried == list(seconds)
-  monkeypatch.setattr(step.tf.config, "get_visible_devices", lambda kind: [])
-  assert step.choose_workers_per_pass(*arguments) == 1
+  monkeypatch.setattr(passes.tf.config, "get_visible_devices", lambda kind: [])
+  assert passes.choose_workers_per_pass(*arguments) == 1
 
 
 def test_bad_workers_per_pass_is_refused():
-  with pytest.raises(UserError, match=r"workers_per_pass=3 .* a replica, 8; 1, 2, 4, 8 or auto"):
-    step.check_workers_per_pass(3, 8)
-  step.check_workers_per_pass(4, 8)
+  with pytest.raises(
+    UserError, match=r"workers_per_pass=3 .* the 8 workers of a replica; use 1, 2, 4, 8 or auto"
+  ):
+    passes.check_workers_per_pass(3, 8)
+  passes.check_workers_per_pass(4, 8)
 
 
 # Two replicas, which are two logical CPUs; prints the weights after three steps.
@@ -192,6 +195,7 @@ from tests.training import step_test
 from tf_largebatch.training import step
 from tf_largebatch.optim.loss_scale import LossScale
 from tf_largebatch.optim.sgd import MomentumCorrectedSGD
+from tf_largebatch.options import RunOptions
 
 found = {}
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
@@ -202,10 +206,10 @@ for name, dtype, options in (
   ("jit", "float32", {"jit_compile": True}),
   ("float16", "mixed_float16", {}),
 ):
-  options = step.StepOptions(workers_per_pass=2, **options)
+  options = RunOptions(workers_per_pass=2, **options)
   with strategy.scope():
     model = step_test._model(5, dtype)
-    optimizer = MomentumCorrectedSGD(0.2, weight_decay=0.1, jit_compile=options.jit)
+    optimizer = MomentumCorrectedSGD(0.2, weight_decay=0.1, jit_compile=step.uses_xla(options))
     optimizer.build(model.trainable_variables)
     loss_scale = LossScale() if dtype == "mixed_float16" else None
   recipe = step_test._recipe()
@@ -230,7 +234,7 @@ def test_two_replicas_and_what_travels_between_them():
   assert process.returncode == 0, process.stderr
   found = json.loads(process.stdout.splitlines()[-1])
   found = {name: [np.array(weight) for weight in found[name]] for name in found}
-  one, _ = _steps(_recipe(), StepOptions(workers_per_pass=1), "float32")
+  one, _ = _steps(_recipe(), RunOptions(workers_per_pass=1), "float32")
   for name in ("plain", "packs", "jit"):
     assert _difference(found[name], one) < 3e-6, name
   start = [weight.numpy() for weight in _model(5, "float32").weights]

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import keras
 import numpy as np
@@ -19,9 +20,13 @@ import tensorflow_datasets as tfds
 from tf_largebatch.data import sources
 from tf_largebatch.data.record_index import record_offsets
 from tf_largebatch.errors import InterruptedRunError, UserError
+from tf_largebatch.models.networks import build_model
+from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.signals import StopRequest
-from tf_largebatch.training import trainer
+from tf_largebatch.training import environment, reporting, resolution, trainer, work_directory
+from tf_largebatch.training.evaluation import make_evaluation
+from tf_largebatch.training.loop import Loop
 from tf_largebatch.training.metrics import MetricsWriter, read_metrics
 
 RECIPE = Recipe(
@@ -43,15 +48,15 @@ STEPS = 9  # 70 // 20 = 3 an epoch.
 
 
 def train(work_dir, recipe=RECIPE, **arguments):
-  return trainer.train_and_evaluate(
-    recipe, data_dir="", work_dir=str(work_dir), log_every_steps=2, **arguments
-  )
+  stop = arguments.pop("stop", None)
+  options = RunOptions(work_dir=str(work_dir), log_every_steps=2, **arguments)
+  return trainer.train_and_evaluate(recipe, options, stop=stop)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   directory = tmp_path_factory.mktemp("runs") / "whole"
-  return directory, train(directory, run_flags="--log_every_steps=2\n")
+  return directory, train(directory)
 
 
 def test_what_a_run_leaves(run):
@@ -59,7 +64,7 @@ def test_what_a_run_leaves(run):
   assert json.loads((directory / "result.json").read_text()) == result
   assert result["status"] == "complete" and result["steps"] == STEPS
   flags = (directory / "flags.txt").read_text().splitlines()
-  assert flags[-1] == "--log_every_steps=2" and "--workers=2" in flags
+  assert {"--log_every_steps=2", "--workers=2"} <= set(flags)
   # What the recipe left out is there as chosen, so that it is the same recipe anywhere.
   assert "--channel_std=58.395,57.12,57.375" in flags
   facts = json.loads((directory / "recipe.json").read_text())
@@ -121,6 +126,23 @@ def test_another_recipe_is_refused_and_nothing_is_lost(run):
   message = str(error.value)
   assert "\n" not in message and "workers is 2 there and 4 now" in message and "seed" in message
   assert json.loads((directory / "result.json").read_text()) == result
+
+
+def test_a_run_from_before_a_field_existed_is_continued(run, tmp_path):
+  """Fields that are missing from recipe.json have their defaults; unknown ones are refused."""
+  directory, result = run
+  copy = tmp_path / "copy"
+  shutil.copytree(directory, copy)
+  facts = json.loads((copy / "recipe.json").read_text())
+  del facts["recipe"]["label_smoothing"]
+  (copy / "recipe.json").write_text(json.dumps(facts))
+  assert train(copy) == result
+  with pytest.raises(UserError, match=r"label_smoothing is 0\.0 there and 0\.1 now"):
+    train(copy, dataclasses.replace(RECIPE, label_smoothing=0.1))
+  facts["recipe"]["shoe_size"] = 43
+  (copy / "recipe.json").write_text(json.dumps(facts))
+  with pytest.raises(UserError, match="shoe_size"):
+    train(copy)
 
 
 def test_other_data_are_refused_and_nothing_is_lost(run, tmp_path, monkeypatch):
@@ -224,19 +246,24 @@ def make_steps(first_request, log_every_steps, saves):
     names = ("loss", "error", "learning_rate", "gradient_norm")
     return dict.fromkeys(names, 1.0) | {"stop": request}
 
-  return trainer.Run(
+  return Loop(
     recipe=RECIPE,
+    options=types.SimpleNamespace(
+      log_every_steps=log_every_steps,
+      checkpoint_every_steps=Multiples(saves),  # As by the clock, which differs between tasks.
+      checkpoint_every_minutes=0,
+    ),
     steps_per_epoch=10,
     train_step=train_step,
     batches=itertools.count(1),
-    stop=StopRequest(),
-    alone=False,
-    log_every_steps=log_every_steps,
-    checkpoint_every_steps=Multiples(saves),  # As by the clock, which is each task's own.
-    checkpoint_every_minutes=0,
-    bad=None,
+    evaluate=None,
+    check_error=None,
+    networks=None,
     checkpoints=Nothing(),
     metrics=Nothing(),
+    bad=None,
+    stop=StopRequest(),
+    alone=False,
   )
 
 
@@ -258,17 +285,17 @@ def test_all_tasks_stop_after_the_same_step_whatever_each_looks_at(
 ):
   """One step after the first whose sum told of a request: the next is under way by then."""
   steps = make_steps(first_request, log_every_steps, saves)
-  assert not trainer.train_to(steps, 40)
+  assert not steps.train_to(40)
   assert steps.done == first_request + 1
 
 
 def test_a_request_in_an_epochs_last_step_is_heard_in_the_next():
   for log_every_steps in (1, 3, 100):
     steps = make_steps(5, log_every_steps, ())
-    assert trainer.train_to(steps, 5)  # The epoch is over: it is evaluated.
-    assert not trainer.train_to(steps, 10) and steps.done == 6
+    assert steps.train_to(5)  # The epoch is over: it is evaluated.
+    assert not steps.train_to(10) and steps.done == 6
     steps = make_steps(5, log_every_steps, ())
-    ends = [trainer.train_to(steps, last) for last in range(1, 7)]  # Epochs of one step.
+    ends = [steps.train_to(last) for last in range(1, 7)]  # Epochs of one step.
     assert ends == [True] * 5 + [False]
 
 
@@ -278,16 +305,16 @@ def test_k_left_out_is_that_of_the_run_that_is_continued(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
       train(tmp_path)
   left_out = dataclasses.replace(RECIPE, workers=None)
-  assert trainer._with_workers_of_the_run(left_out, str(tmp_path)) == RECIPE
-  assert trainer._with_workers_of_the_run(left_out, str(tmp_path / "new")) == left_out
+  assert work_directory.with_stored_workers(left_out, str(tmp_path)) == RECIPE
+  assert work_directory.with_stored_workers(left_out, str(tmp_path / "new")) == left_out
 
 
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
-  with trainer._only_run_in(str(tmp_path)):
+  with work_directory.locked(str(tmp_path)):
     with pytest.raises(UserError, match=rf"in use by a run \(process {os.getpid()} on "):
       train(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-  with trainer._only_run_in(str(tmp_path)):
+  with work_directory.locked(str(tmp_path)):
     pass
 
 
@@ -411,7 +438,7 @@ def test_an_evaluation_that_is_not_finite_leaves_no_checkpoint(tmp_path):
 )
 def test_an_evaluation_no_better_than_guessing_is_told(caplog, error, classes, examples, warned):
   with caplog.at_level("WARNING", logger="absl"):
-    trainer._warn_of_guessing(error, classes, examples, epoch=7)
+    reporting.warn_of_guessing(classes, examples, error, epoch=7)
   assert len(caplog.records) == warned
   if warned:
     message = caplog.records[0].getMessage()
@@ -452,18 +479,18 @@ def test_cut_off_before_the_result_was_written(run, tmp_path):
 )
 def test_workers_that_the_replicas_do_not_divide(workers, replicas, suggestion):
   with pytest.raises(UserError) as error:
-    trainer.resolve(dataclasses.replace(RECIPE, workers=workers), replicas, "")
+    resolution.resolve(dataclasses.replace(RECIPE, workers=workers), replicas, "")
   assert f"workers={workers}" in str(error.value) and suggestion in str(error.value)
 
 
 def test_resolve_chooses_what_was_left_out():
   left_out = Recipe(dataset="synthetic", epochs=2, warmup_epochs=1, decay_epochs=())
-  resolved = trainer.resolve(left_out, 8, "")
+  resolved = resolution.resolve(left_out, 8, "")
   assert resolved.workers == 8
   assert resolved.validation_split == "validation"
   assert resolved.image_size == 224 and resolved.augmentation == "area_crop"
   with pytest.raises(UserError, match=r"1 values.*3 channels"):
-    trainer.resolve(dataclasses.replace(left_out, channel_mean=(1.0,)), 8, "")
+    resolution.resolve(dataclasses.replace(left_out, channel_mean=(1.0,)), 8, "")
 
 
 def test_a_minibatch_larger_than_the_data_is_refused(tmp_path):
@@ -485,8 +512,8 @@ def test_a_minibatch_larger_than_the_data_is_refused(tmp_path):
 def test_a_cpu_that_must_emulate_16_bits_is_named(tmp_path, caplog, dtype, flags, warned):
   (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags} sse\n")
   with caplog.at_level("WARNING", logger="absl"):
-    trainer._warn_of_slow_dtype(dtype, str(tmp_path / "cpuinfo"))
-    trainer._warn_of_slow_dtype(dtype, str(tmp_path / "nothing"))
+    environment.warn_of_slow_dtype(dtype, str(tmp_path / "cpuinfo"))
+    environment.warn_of_slow_dtype(dtype, str(tmp_path / "nothing"))
   assert len(caplog.records) == warned
 
 
@@ -541,9 +568,10 @@ def train_on_photographs(data_dir, work_dir, **arguments):
     warmup_epochs=1,
     decay_epochs=(),
   )
-  return trainer.train_and_evaluate(
-    recipe, data_dir=data_dir, work_dir=str(work_dir), evaluation_batch_size=4, **arguments
+  options = RunOptions(
+    data_dir=data_dir, work_dir=str(work_dir), evaluation_batch_size=4, **arguments
   )
+  return trainer.train_and_evaluate(recipe, options)
 
 
 def test_a_bad_example_ends_the_run_or_is_left_out(damaged, tmp_path):
@@ -573,13 +601,13 @@ def test_a_bad_example_ends_the_run_or_is_left_out(damaged, tmp_path):
 def test_a_validation_example_that_cannot_be_read(damaged, tmp_path):
   data_dir, bad = damaged
   source = sources.open_source("few_photographs", "test", data_dir)
-  recipe = trainer.resolve(
+  recipe = resolution.resolve(
     Recipe(dataset="few_photographs", image_size=8, augmentation="area_crop", workers=1),
     1,
     data_dir,
   )
-  evaluate = trainer.make_evaluation(
-    tf.distribute.get_strategy(), trainer.build_model(recipe, 5), recipe, source, 4
+  evaluate = make_evaluation(
+    tf.distribute.get_strategy(), build_model(recipe, 5), recipe, source, 4
   )
   with pytest.raises(UserError) as error:
     evaluate()
@@ -602,7 +630,7 @@ def test_an_evaluation_is_the_mean_over_the_examples_whatever_fills_its_last_bat
   table = keras.layers.Embedding(11, 3, embeddings_initializer=keras.initializers.Constant(logits))
   model = keras.Model(inputs, keras.layers.Reshape((3,))(table(inputs)))
   strategy = tf.distribute.get_strategy()
-  found = trainer.make_evaluation(strategy, model, recipe, source, batch_size)()
+  found = make_evaluation(strategy, model, recipe, source, batch_size)()
   losses = np.log(np.exp(logits.astype(np.float64)).sum(1)) - logits[np.arange(11), labels]
   assert found["error"] == pytest.approx(2 / 11, rel=1e-6)
   assert found["loss"] == pytest.approx(losses.mean(), rel=1e-5)
@@ -616,7 +644,7 @@ def test_a_record_is_the_mean_over_its_steps():
   run.train_step = lambda batch, asked: step(batch, asked) | {"loss": batch**2, "error": 1 / batch}
   run.metrics = Nothing()
   run.metrics.train = lambda number, epoch, record: records.append((number, epoch, record))
-  assert trainer.train_to(run, 7)
+  assert run.train_to(7)
   assert [(number, epoch) for number, epoch, _ in records] == [(3, 0.3), (6, 0.6), (7, 0.7)]
   for (_, _, record), steps in zip(records, ([1, 2, 3], [4, 5, 6], [7]), strict=True):
     assert record["loss"] == pytest.approx(np.mean([s**2 for s in steps]))
@@ -638,10 +666,10 @@ def test_the_result_is_the_median_of_the_last_five_epochs(tmp_path, monkeypatch)
 def test_the_network_is_the_recipes():
   """What `build_model` hands on; values that no default has."""
   values = {"batch_norm_momentum": 0.5, "batch_norm_epsilon": 0.01, "last_gamma": 0.25, "seed": 3}
-  recipe = dataclasses.replace(trainer.resolve(RECIPE, 1, ""), **values)
+  recipe = dataclasses.replace(resolution.resolve(RECIPE, 1, ""), **values)
   kernels = {}
   for purpose in ("training", "evaluation", "export"):
-    model = trainer.build_model(recipe, 10, purpose)
+    model = build_model(recipe, 10, purpose)
     norms = [layer for layer in model.layers if hasattr(layer, "gamma")]
     assert {(layer.momentum, layer.epsilon) for layer in norms} == {(0.5, 0.01)}
     dtype = "bfloat16" if purpose == "training" else "float32"
@@ -651,5 +679,5 @@ def test_the_network_is_the_recipes():
     assert list(gammas.values()).count(0.25) == 3
     kernels[purpose] = model.get_layer("stem_conv").kernel.numpy()
     np.testing.assert_array_equal(kernels[purpose], kernels["training"])
-  other = trainer.build_model(dataclasses.replace(recipe, seed=4), 10)
+  other = build_model(dataclasses.replace(recipe, seed=4), 10)
   assert not np.any(other.get_layer("stem_conv").kernel.numpy() == kernels["training"])

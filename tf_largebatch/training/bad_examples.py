@@ -1,4 +1,4 @@
-"""The examples of a run that could not be read: which, why, and that nobody overlooks them."""
+"""The examples that a run could not read: which ones, and why."""
 
 import fnmatch
 import json
@@ -14,18 +14,18 @@ from tf_largebatch.errors import UserError, first_line
 
 
 class BadExamples:
-  """Examples that others took the place of, listed in the work directory.
+  """The examples that a run skipped, listed in the work directory.
 
-  `work_dir/bad_examples.jsonl` has one object a line: {"split", "example", "fault"}; tasks beside
-  the chief list theirs in `bad_examples.1.jsonl` and so on. A run that goes on goes on with these.
+  `work_dir/bad_examples.jsonl` has one object per line: {"split", "example", "fault"}; tasks other
+  than the chief list theirs in `bad_examples.1.jsonl` and so on. A resumed run extends the lists.
   """
 
   def __init__(self, work_dir: str, task_index: int, channels: int):
     """
     Args:
-      work_dir: the run's directory, which all tasks see.
-      task_index: of this task.
-      channels: of the network's images.
+      work_dir: the run's directory, the same for all tasks.
+      task_index: rank of this task.
+      channels: number of channels of the network's images.
     """
     self._work_dir = work_dir
     self._channels = channels
@@ -34,31 +34,31 @@ class BadExamples:
     self._lines = _read(self._path)
     self._known = {(line["split"], line["example"]) for line in self._lines}
     self._written = len(self._lines)
-    self._told = queue.SimpleQueue()
+    self._recorded = queue.SimpleQueue()
 
-  def tell(self, split: str, source, example: int):
-    """Notes an example for `write`; for the input pipeline's threads."""
-    self._told.put((split, source, example))
+  def record(self, split: str, source, example: int):
+    """Queues an example for `write`; safe in the input pipeline's threads."""
+    self._recorded.put((split, source, example))
 
   def write(self) -> int:
-    """Lists and logs what was told since; how many examples all tasks have listed."""
-    while not self._told.empty():
-      split, source, example = self._told.get()
+    """Lists and logs the queued examples; returns how many examples all tasks have listed."""
+    while not self._recorded.empty():
+      split, source, example = self._recorded.get()
       if (split, example) in self._known:
         continue
       self._known.add((split, example))
-      # One that reads well now was out of reach for a moment: a network or disk that failed.
+      # If it can be read now, a network or disk failed for a moment.
       fault = sources.fault(source, example, self._channels)
       fault = fault or f"{source.describe(example)}: failed once"
-      logging.warning("Left out of %s: %s", split, fault)
+      logging.warning("Skipped in %s: %s", split, fault)
       self._lines.append({"split": split, "example": example, "fault": fault})
     if self._written < len(self._lines):
       try:
         files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
         self._written = len(self._lines)
-      except files.FAILURES as error:  # A full disk, say: training goes on.
-        logging.warning("%s is behind (%s); tried again later.", self._path, first_line(error))
-    # No glob of the whole path, whose directories may have brackets in their names.
+      except files.FAILURES as error:  # For example a full disk: training continues.
+        logging.warning("Cannot write %s (%s); will retry later.", self._path, first_line(error))
+    # Not a glob of the whole path, because its directories may have brackets in their names.
     names = fnmatch.filter(tf.io.gfile.listdir(self._work_dir), "bad_examples*.jsonl")
     listed = (line for name in names for line in _read(os.path.join(self._work_dir, name)))
     return len({(line["split"], line["example"]) for line in listed})
@@ -73,6 +73,7 @@ def _read(path: str) -> list[dict]:
       hash((line["split"], line["example"], line["fault"]))
   except (*files.FAILURES, ValueError, TypeError, KeyError) as error:
     raise UserError(
-      f"{path} is no list of bad examples ({first_line(error)}); move it away to begin a new one."
+      f"{path} is not a list of bad examples ({first_line(error)}); move it away to start a new "
+      "one."
     ) from error
   return lines

@@ -41,17 +41,21 @@ def measure(recipe: Recipe, turns: int, directory: str) -> dict:
   import tensorflow as tf
 
   from tf_largebatch.data import sources
-  from tf_largebatch.training import step, trainer
+  from tf_largebatch.models.networks import build_model
+  from tf_largebatch.optim.optimizers import build_optimizer
+  from tf_largebatch.training import step
+  from tf_largebatch.training.batches import distribute_train_dataset
   from tf_largebatch.training.checkpoint import Checkpoints
+  from tf_largebatch.training.resolution import resolve
 
-  recipe = trainer.resolve(recipe, 1, "")
+  recipe = resolve(recipe, 1, "")
   strategy = tf.distribute.get_strategy()
   source = sources.open_source("synthetic", recipe.train_split, "", recipe.image_size)
-  model = trainer.build_model(recipe, source.num_classes)
-  optimizer = trainer.build_optimizer(recipe, source.num_examples)
+  model = build_model(recipe, source.num_classes)
+  optimizer = build_optimizer(recipe, source.num_examples)
   optimizer.build(model.trainable_variables)
   train_step = step.make_train_step(strategy, model, optimizer, recipe)
-  batch = next(iter(trainer.distribute_train_dataset(strategy, recipe, source, 0)))
+  batch = next(iter(distribute_train_dataset(strategy, recipe, source, 0)))
   checkpoints = Checkpoints(directory, model, optimizer)
 
   def timed(function) -> float:

@@ -1,0 +1,106 @@
+"""Run options: where and how a run goes, never what it computes."""
+
+import dataclasses
+import os
+
+from tf_largebatch import fields
+from tf_largebatch.errors import UserError
+from tf_largebatch.fields import declare
+
+_LONGEST_PATH = 3000  # Linux allows 4096 bytes, and the directories hold files.
+_PATHS = ("work_dir", "data_dir", "index_dir")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+  """What may differ between two runs of one recipe without changing what they compute.
+
+  `allreduce_dtype=bfloat16` is the one exception. A leading ~ in a directory is expanded.
+
+  Raises:
+    UserError: a value has the wrong type or is out of range.
+  """
+
+  work_dir: str | None = declare(None, "Directory that receives everything the run leaves.")
+  data_dir: str = declare("~/tensorflow_datasets", "Directory of the prepared data sets (TFDS).")
+  index_dir: str = declare(
+    "~/.cache/tf_largebatch", "Directory that keeps the record offsets of each data set."
+  )
+  cache: bool = declare(False, "Keep the data set's encoded images in memory.")
+  bad_examples: str = declare(
+    "fail",
+    "What to do with an example that cannot be read. fail: end the run. skip: use another example "
+    "and list the bad one in the metrics and in bad_examples.jsonl.",
+    choices=("fail", "skip"),
+  )
+  communication: str = declare(
+    "auto",
+    "Collectives between replicas. auto: NCCL if every replica is a GPU, else RING.",
+    choices=("auto", "nccl", "ring"),
+  )
+  cluster_timeout_minutes: float = declare(
+    10.0,
+    "Minutes to wait for all tasks at the start; then those that are up exit with status 138.",
+    at_least=0.1,
+  )
+  log_every_steps: int = declare(
+    10, "Steps between two training records, which hold means over these steps.", at_least=1
+  )
+  evaluation_batch_size: int = declare(
+    128, "Images that a device evaluates at once.", at_least=1, below=2**31
+  )
+  checkpoint_every_steps: int = declare(
+    0,
+    "Steps between two checkpoints within an epoch. 0: only checkpoint_every_minutes counts.",
+    at_least=0,
+  )
+  checkpoint_every_minutes: float = declare(
+    10.0,
+    "Minutes between two checkpoints within an epoch. 0: only checkpoint_every_steps counts.",
+    at_least=0,
+  )
+  workers_per_pass: int | None = declare(
+    None,
+    "g, workers that a device takes through the network at once. auto (the default): 1 on a CPU; "
+    "on a GPU the fastest, measured at the start.",
+    at_least=1,
+    below=2**31,
+  )
+  jit_compile: bool | None = declare(
+    None,
+    "Whether XLA compiles the passes through the network and the update. auto (the default): only "
+    "on GPUs.",
+  )
+  allreduce_dtype: str = declare(
+    "float32",
+    "bfloat16: round the gradients before they travel between devices, which halves the bytes; the "
+    "one option that makes a run depend on its cluster.",
+    choices=("float32", "bfloat16"),
+  )
+  bytes_per_pack: int = declare(
+    2**24,
+    "Minimum bytes of gradients that travel between devices together. 0: all gradients.",
+    at_least=0,
+    below=2**31,
+  )
+  deterministic: bool = declare(
+    False, "Compute the same bytes in every run on GPUs too, more slowly; CPUs always do."
+  )
+
+  def __post_init__(self):
+    fields.check(self)
+    for name in _PATHS:
+      path = getattr(self, name)
+      if path is not None:
+        _check_path(name, path)
+        object.__setattr__(self, name, os.path.expanduser(path))
+
+
+def _check_path(name: str, path: str):
+  """Refuses a path that no directory can have, such as one with a NUL, where TensorFlow cuts it."""
+  surrogates = any("\ud800" <= character <= "\udfff" for character in path)  # It was not UTF-8.
+  if not path or "\0" in path or surrogates or len(path) > _LONGEST_PATH:
+    raise UserError(
+      f"--{name}={path!r} cannot be a directory's name; give one in UTF-8 of 1 to {_LONGEST_PATH} "
+      "characters."
+    )

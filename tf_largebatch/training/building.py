@@ -1,0 +1,75 @@
+"""Stage 3 of a run: networks, optimizer and loss scale, made in the strategy's scope."""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import tempfile
+
+import keras
+import tensorflow as tf
+
+from tf_largebatch import files
+from tf_largebatch.models.networks import build_model
+from tf_largebatch.optim.loss_scale import LossScale
+from tf_largebatch.optim.optimizers import build_optimizer
+from tf_largebatch.optim.sgd import MomentumCorrectedSGD
+from tf_largebatch.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+  """What a run trains.
+
+  Attributes:
+    model: the network that is trained.
+    evaluated: the same network, computing in the weights' dtype; has weights of its own.
+    optimizer: built for `model`.
+    loss_scale: for float16; else None.
+  """
+
+  model: keras.Model
+  evaluated: keras.Model
+  optimizer: MomentumCorrectedSGD
+  loss_scale: LossScale | None
+
+  def update_evaluated(self) -> None:
+    """Copies the trained weights to `evaluated`."""
+    self.evaluated.set_weights(self.model.get_weights())
+
+
+def build(strategy: tf.distribute.Strategy, recipe: Recipe, source, jit_compile: bool) -> Networks:
+  """Builds what the recipe trains on the source's classes.
+
+  Args:
+    strategy: in whose scope the variables are made.
+    recipe: resolved.
+    source: of the training examples.
+    jit_compile: whether XLA compiles the update.
+  """
+  with strategy.scope():
+    model = build_model(recipe, source.num_classes)
+    evaluated = build_model(recipe, source.num_classes, "evaluation")
+    optimizer = build_optimizer(recipe, source.num_examples, jit_compile)
+    optimizer.build(model.trainable_variables)
+    loss_scale = LossScale() if recipe.dtype == "float16" else None
+  return Networks(model, evaluated, optimizer, loss_scale)
+
+
+def weights_sha256(model: keras.Model) -> str:
+  """SHA-256 over all weights in `model.weights` order as float32 little-endian bytes."""
+  digest = hashlib.sha256()
+  for weight in model.weights:
+    digest.update(weight.numpy().astype("<f4").tobytes())
+  return digest.hexdigest()
+
+
+def export(model: keras.Model, recipe: Recipe, num_classes: int, path: str) -> None:
+  """Saves the trained network as plain Keras layers, built outside the strategy's scope."""
+  plain = build_model(recipe, num_classes, "export")
+  plain.set_weights(model.get_weights())
+  with tempfile.TemporaryDirectory() as directory:
+    local = os.path.join(directory, "model.keras")
+    plain.save(local)
+    with open(local, "rb") as saved, files.replacing(path, "wb") as file:
+      shutil.copyfileobj(saved, file)

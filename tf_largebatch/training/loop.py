@@ -1,0 +1,206 @@
+"""Stage 5 of a run: epochs of steps, evaluations and checkpoints."""
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from tf_largebatch.errors import InterruptedRunError, UserError
+from tf_largebatch.options import RunOptions
+from tf_largebatch.recipe import Recipe
+from tf_largebatch.signals import StopRequest
+from tf_largebatch.training.bad_examples import BadExamples
+from tf_largebatch.training.building import Networks
+from tf_largebatch.training.checkpoint import Checkpoints
+from tf_largebatch.training.metrics import MetricsWriter
+from tf_largebatch.training.reporting import REMEDIES
+
+
+@dataclasses.dataclass
+class Loop:
+  """The steps of a run, and how far it has come.
+
+  Attributes:
+    recipe: resolved.
+    options: of the run.
+    steps_per_epoch: steps in an epoch.
+    train_step: see `step.make_train_step`.
+    batches: its batches, from step `done` on.
+    evaluate: see `evaluation.make_evaluation`.
+    check_error: called with each epoch's validation error and the epoch's number.
+    networks, checkpoints, metrics: where the run's state, checkpoints and records are.
+    bad: the bad examples that are skipped; None: none are.
+    stop: the request to stop.
+    alone: whether the run has a single task.
+    done: steps done.
+    seconds: time trained, in earlier sessions too; without evaluation.
+    stop_requested: whether the last step that was read reported a request to stop.
+  """
+
+  recipe: Recipe
+  options: RunOptions
+  steps_per_epoch: int
+  train_step: Callable
+  batches: Iterator
+  evaluate: Callable[[], dict[str, float] | None]
+  check_error: Callable[[float, int], None]
+  networks: Networks
+  checkpoints: Checkpoints
+  metrics: MetricsWriter
+  bad: BadExamples | None
+  stop: StopRequest
+  alone: bool
+  done: int = 0
+  seconds: float = 0.0
+  stop_requested: bool = False
+
+  def run_epochs(self, first: int) -> bool:
+    """Trains and evaluates from epoch `first` (counted from 1) to the last.
+
+    Returns:
+      True if all are complete; False if a task was asked to stop, with the state saved.
+
+    Raises:
+      UserError: training diverged, or an example cannot be read.
+    """
+    for epoch in range(first, self.recipe.epochs + 1):
+      if self.train_to(epoch * self.steps_per_epoch):
+        self.checkpoints.save(self.done, self.seconds)  # Written during the evaluation.
+        if self._evaluate_epoch():
+          continue
+      self.checkpoints.save(self.done, self.seconds)
+      self.checkpoints.wait()
+      return False
+    return True
+
+  def train_to(self, last: int) -> bool:
+    """Trains until `last` steps are done or a task was asked to stop; whether `last` are done."""
+    window, saved_at = _Window(), time.monotonic()
+    previous, stops = None, False
+    while self.done < last and not stops:
+      batch = window.next_batch(self.batches)
+      scalars = self.train_step(batch, tf.constant(float(self.stop.signal is not None)))
+      self.done += 1
+      # The previous step's scalars are read while the device computes this step, unless they were
+      # read at once for a record. All tasks learn of a request from the same sum, so all stop
+      # after the step that follows it, whenever each of them reads. A single task need not ask.
+      if previous is not None:
+        self._read(window, self.done - 1, previous)
+      stops = self.stop_requested or (self.alone and self.stop.signal is not None)
+      previous = scalars
+      save = self._checkpoint_is_due(saved_at)
+      # A checkpoint ends a record, so that a resumed run records each step once.
+      if stops or save or self.done == last or self.done % self.options.log_every_steps == 0:
+        self._read(window, self.done, scalars)
+        self._record(window, scalars)
+        if save:
+          self.metrics.flush()
+          self.checkpoints.save(self.done, self.seconds)
+          saved_at = time.monotonic()
+        previous, window = None, _Window()
+    self.metrics.flush()
+    return self.done == last and not stops
+
+  def _checkpoint_is_due(self, saved_at: float) -> bool:
+    steps, minutes = self.options.checkpoint_every_steps, self.options.checkpoint_every_minutes
+    due = (steps and self.done % steps == 0) or (0 < minutes <= (time.monotonic() - saved_at) / 60)
+    return bool(due) and not self.checkpoints.busy
+
+  def _read(self, window: "_Window", number: int, scalars: dict):
+    """Waits for step `number`, checks its loss and notes whether a task was asked to stop."""
+    loss = float(scalars["loss"])
+    if not math.isfinite(loss):
+      rate = float(scalars["learning_rate"])
+      raise self._divergence(f"loss is {loss} (rate {rate:g})", number, number - 1)
+    window.losses.append(loss)
+    window.errors.append(float(scalars["error"]))
+    self.stop_requested = float(scalars["stop"]) > 0
+
+  def _record(self, window: "_Window", scalars: dict):
+    """Writes a training record: means over the window, and the last step's other scalars."""
+    seconds = window.seconds()
+    record = {name: float(value) for name, value in scalars.items() if name != "stop"}
+    if not math.isfinite(record["gradient_norm"]):
+      del record["gradient_norm"]  # The loss scale had this step skipped.
+    record["loss"], record["error"] = float(np.mean(window.losses)), float(np.mean(window.errors))
+    images = len(window.losses) * self.recipe.global_batch_size
+    record["images_per_second"] = images / seconds
+    record["input_wait_share"] = window.waited / seconds
+    if self.bad is not None:
+      record["bad_examples"] = self.bad.write()
+    self.metrics.train(self.done, self.done / self.steps_per_epoch, record)
+    self.seconds += seconds
+
+  def _evaluate_epoch(self) -> bool:
+    """Evaluates; whether the evaluation was complete."""
+    self.networks.update_evaluated()
+    scalars = self.evaluate()
+    if scalars is None:
+      return False
+    if not math.isfinite(scalars["loss"]):
+      # These weights are bad, although they are finite.
+      raise self._divergence(f"validation loss is {scalars['loss']}", self.done, self.done)
+    if self.bad is not None:
+      scalars["bad_examples"] = self.bad.write()
+    epoch = self.done // self.steps_per_epoch
+    self.metrics.evaluation(self.done, epoch, scalars)
+    self.check_error(scalars["error"], epoch)
+    self.checkpoints.evaluated(self.done, scalars["error"])
+    return True
+
+  def _divergence(self, what: str, number: int, bad_from: int) -> UserError:
+    """The error for a loss that is not finite; checkpoints from step `bad_from` on are removed."""
+    self.checkpoints.discard_from(bad_from)
+    newest = self.checkpoints.newest_step()
+    recipe = self.recipe
+    return UserError(
+      f"Training diverged: the {what} at step {number}, epoch {number / self.steps_per_epoch:.2f}, "
+      f"with kn = {recipe.workers} x {recipe.per_worker_batch_size} = {recipe.global_batch_size} "
+      f"and a peak rate of {recipe.peak_learning_rate:g}; the last good checkpoint is "
+      f"{'none' if newest is None else f'that of step {newest}'}. {REMEDIES}"
+    )
+
+  def interruption(self) -> InterruptedRunError:
+    """The error that ends a run which was asked to stop."""
+    number = signal.SIGTERM if self.stop.signal is None else self.stop.signal
+    reason = signal.Signals(number).name
+    if self.stop.signal is None:
+      reason = "another task was asked to"
+    newest = self.checkpoints.newest_step()
+    saved = f"not saved; the newest checkpoint: step {newest or 0}"
+    if newest == self.done:
+      saved = "saved"
+    total = self.recipe.epochs * self.steps_per_epoch
+    return InterruptedRunError(
+      f"Stopped ({reason}) after step {self.done} of {total}, {saved}; run the same command to "
+      "continue from there.",
+      128 + number,
+    )
+
+
+class _Window:
+  """The steps between two training records.
+
+  Attributes:
+    losses, errors: of each step.
+    waited: seconds spent waiting for batches.
+  """
+
+  def __init__(self):
+    self._began = time.perf_counter()
+    self.waited = 0.0
+    self.losses: list[float] = []
+    self.errors: list[float] = []
+
+  def next_batch(self, batches: Iterator):
+    before = time.perf_counter()
+    batch = next(batches)
+    self.waited += time.perf_counter() - before
+    return batch
+
+  def seconds(self) -> float:
+    return time.perf_counter() - self._began

@@ -1,0 +1,168 @@
+"""The work directory: which run it holds, who may write to it, and its files."""
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import platform
+
+import tensorflow as tf
+from absl import logging
+
+from tf_largebatch import files
+from tf_largebatch.command_line import to_flagfile
+from tf_largebatch.errors import UserError, first_line
+from tf_largebatch.options import RunOptions
+from tf_largebatch.recipe import Recipe
+
+# What a run overwrites in its work directory.
+_WRITTEN = ("flags.txt", "metrics.jsonl", "model.keras", "result.json", "checkpoints")
+
+
+def with_stored_workers(recipe: Recipe, work_dir: str) -> Recipe:
+  """If the recipe leaves k open, takes the k of the run that is there, on any devices."""
+  if recipe.workers is None:
+    # `find_run` reports what is wrong with the file.
+    with contextlib.suppress(*files.FAILURES, ValueError, TypeError, KeyError):
+      workers = files.read_json(os.path.join(work_dir, "recipe.json"))["recipe"]["workers"]
+      return dataclasses.replace(recipe, workers=workers)
+  return recipe
+
+
+def find_run(work_dir: str, recipe: Recipe, data: dict) -> dict | None:
+  """Returns the result of the run in the directory; None if it is incomplete or not there.
+
+  Args:
+    work_dir: the run's directory.
+    recipe: resolved.
+    data: see `sources.identify`.
+
+  Raises:
+    UserError: the directory holds a run of another recipe or on other data, or files that do not
+      belong to a run.
+  """
+  path = os.path.join(work_dir, "recipe.json")
+  if not _exists(path):
+    foreign = [name for name in _WRITTEN if _exists(os.path.join(work_dir, name))]
+    if foreign:
+      raise UserError(
+        f"work_dir={work_dir} has no recipe.json, but {' and '.join(foreign)}, which a run would "
+        "overwrite; choose another work_dir."
+      )
+    return None
+  stored, trained_on = _read_recipe(path, data)
+  _require_same_recipe(work_dir, stored, recipe)
+  if trained_on != data:
+    raise UserError(
+      f"work_dir={work_dir} holds a run on other data ({trained_on} there, {data} now); choose "
+      "another work_dir, or the data_dir that it began with."
+    )
+  return _read_result(os.path.join(work_dir, "result.json"))
+
+
+def _read_recipe(path: str, data: dict) -> tuple[Recipe, dict]:
+  """(recipe of the run, its data); a field that the file lacks has its default."""
+  try:
+    facts = files.read_json(path)
+    return Recipe(**facts["recipe"]), facts.get("data", data)
+  except (*files.FAILURES, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(
+      f"{path} does not hold the recipe of a run of this version ({first_line(error)}); choose "
+      "another work_dir."
+    ) from error
+
+
+def _require_same_recipe(work_dir: str, stored: Recipe, recipe: Recipe):
+  there, now = stored.to_dict(), recipe.to_dict()
+  differences = [
+    f"{name} is {there[name]} there and {now[name]} now"
+    for name in sorted(there)
+    if there[name] != now[name]
+  ]
+  if differences:
+    raise UserError(
+      f"work_dir={work_dir} holds another recipe's run ({'; '.join(differences)}); choose another "
+      "work_dir, or that recipe to continue it."
+    )
+
+
+def _read_result(path: str) -> dict | None:
+  if not _exists(path):
+    return None
+  try:
+    result = files.read_json(path)
+    if not isinstance(result, dict) or result.get("status") != "complete":
+      raise ValueError("its status is not complete")
+    return result
+  except (*files.FAILURES, ValueError) as error:
+    raise UserError(
+      f"{path} is not the result of a run ({first_line(error)}); remove it to continue the run."
+    ) from error
+
+
+def _exists(path: str) -> bool:
+  try:
+    return tf.io.gfile.exists(path)
+  except files.FAILURES as error:
+    raise UserError(
+      f"{path} cannot be reached ({first_line(error)}); name another work_dir."
+    ) from error
+
+
+@contextlib.contextmanager
+def wrap_write_errors(work_dir: str):
+  """Raises a failed write as a UserError that names the work directory."""
+  try:
+    yield
+  except files.FAILURES as error:
+    raise UserError(
+      f"work_dir={work_dir} cannot be written ({first_line(error)}); name a directory that can."
+    ) from error
+
+
+def make_writable(work_dir: str) -> None:
+  """Makes the directory if it is missing, and checks that it can be written."""
+  with wrap_write_errors(work_dir):
+    tf.io.gfile.makedirs(work_dir)
+    # A random name: in containers every process can have the same id.
+    probe = os.path.join(work_dir, f".probe-{os.urandom(8).hex()}")
+    files.write_text(probe, "." * 4096)  # An empty file fits on a full disk.
+    tf.io.gfile.remove(probe)
+
+
+@contextlib.contextmanager
+def locked(work_dir: str):
+  """Refuses a second run in a local or NFS directory; the lock ends with the process.
+
+  Raises:
+    UserError: another run uses the directory.
+  """
+  if "://" in work_dir:
+    yield  # An object store has no locks.
+    return
+  with wrap_write_errors(work_dir):
+    file = open(os.path.join(work_dir, ".lock"), "a+", errors="replace")  # noqa: SIM115
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      raise UserError(
+        f"work_dir={work_dir} is in use by a run ({file.read().strip()}); end that one first, or "
+        "choose another work_dir."
+      ) from error
+    except OSError as error:
+      logging.warning("%s cannot be locked (%s).", file.name, first_line(error))
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    yield
+
+
+def write_recipe(recipe: Recipe, options: RunOptions, facts: dict) -> None:
+  """Writes `recipe.json` (the recipe and further facts by name) and `flags.txt`."""
+  with wrap_write_errors(options.work_dir):
+    path = os.path.join(options.work_dir, "recipe.json")
+    files.write_json(path, {"recipe": recipe.to_dict(), **facts})
+    path = os.path.join(options.work_dir, "flags.txt")
+    files.write_text(path, to_flagfile(recipe, options))

@@ -1,0 +1,88 @@
+"""g, the workers that a replica takes through the network at once: checked, or measured."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from tf_largebatch.distributed.collectives import gather
+from tf_largebatch.errors import UserError
+from tf_largebatch.options import RunOptions
+from tf_largebatch.recipe import Recipe
+from tf_largebatch.training.step import PASSES_AT_ONCE, make_replica_sums, tensors
+
+
+def check_workers_per_pass(workers_per_pass: int, workers_on_replica: int) -> None:
+  """Raises UserError if g does not divide a replica's workers."""
+  if workers_on_replica % workers_per_pass:
+    values = [g for g in range(1, workers_on_replica + 1) if workers_on_replica % g == 0]
+    raise UserError(
+      f"workers_per_pass={workers_per_pass} does not divide the {workers_on_replica} workers of a "
+      f"replica; use {', '.join(map(str, values))} or auto."
+    )
+
+
+def with_workers_per_pass(
+  options: RunOptions, strategy: tf.distribute.Strategy, model: keras.Model, recipe: Recipe
+) -> RunOptions:
+  """Returns the options with g chosen, the same on all tasks."""
+  replicas = strategy.num_replicas_in_sync
+  workers_on_replica = recipe.workers // replicas
+  g = options.workers_per_pass
+  if g is None:
+    g = choose_workers_per_pass(model, recipe, options, workers_on_replica)
+    if replicas > 1:
+      g = int(min(gather(strategy, g)))
+  at_once = min(PASSES_AT_ONCE, workers_on_replica // g)
+  logging.info(
+    "%d worker%s per pass%s.",
+    g,
+    "s" if g > 1 else "",
+    f", {at_once} passes at once" if at_once > 1 else "",
+  )
+  return dataclasses.replace(options, workers_per_pass=g)
+
+
+def choose_workers_per_pass(
+  model: keras.Model, recipe: Recipe, options: RunOptions, workers_on_replica: int
+) -> int:
+  """Measures which g takes a replica's workers through the network fastest on this device.
+
+  On a GPU, g doubles (while it divides the replica's workers), on images of zeros, until that is no
+  faster or the memory is full. On a CPU g = 1: one worker keeps the cores busy, and its activations
+  are the more likely to fit the caches (docs/speed.md). In float16 g = 1 too: sums over more images
+  overflow sooner, and which steps are skipped for that must not depend on a device.
+  """
+  if recipe.dtype == "float16" or not tf.config.get_visible_devices("GPU"):
+    return 1
+  shape = (recipe.per_worker_batch_size, *model.input_shape[1:])
+  weights, statistics = tensors(model.trainable_variables), tensors(model.non_trainable_variables)
+  best, best_seconds, workers_per_pass = 1, float("inf"), 1
+  while workers_on_replica % workers_per_pass == 0:
+    images = tf.zeros([workers_per_pass, *shape], tf.uint8)
+    labels = tf.zeros([workers_per_pass, shape[0]], tf.int32)
+    candidate = dataclasses.replace(options, workers_per_pass=workers_per_pass)
+    sums = tf.function(make_replica_sums(model, recipe, candidate))
+    try:
+      seconds = [
+        _seconds(lambda: float(sums(weights, statistics, images, labels)[2]))  # noqa: B023
+        for _ in range(4)
+      ]
+    except tf.errors.ResourceExhaustedError:
+      break
+    seconds = float(np.median(seconds[1:])) / workers_per_pass
+    if seconds > 0.98 * best_seconds:
+      break
+    best, best_seconds = workers_per_pass, seconds
+    workers_per_pass *= 2
+  return best
+
+
+def _seconds(function: Callable) -> float:
+  began = time.perf_counter()
+  function()
+  return time.perf_counter() - began
