@@ -1,0 +1,65 @@
+"""What a contender's FLOP/s are compared with: a large matrix product; and its step's FLOPs."""
+
+import functools
+
+from tf_largebatch.recipe import Recipe
+from tools.benchmark.contenders.contender import Contender, Runner
+from tools.forecast import usual_classes
+
+_SIDE = {"cpu": 2048, "gpu": 8192}
+_PRODUCTS = 8  # In what is timed as one step.
+
+
+def ceiling_of(contender: Contender) -> Contender:
+  """The matrix product in the contender's dtype on its cores."""
+  dtype, cores = contender.recipe["dtype"], contender.cores
+  name = f"matrix product, {dtype}, {cores} cores or a GPU"
+  return Contender(name, "product", contender.recipe, {}, {}, cores=cores)
+
+
+def make_product(contender: Contender, cluster) -> Runner:
+  """The fastest product that the installed libraries offer, of `product_flops` per step."""
+  import tensorflow as tf
+
+  on = "gpu" if tf.config.get_visible_devices("GPU") else "cpu"
+  side = _SIDE[on]
+  if on == "cpu" and contender.recipe["dtype"] == "float32":
+    import numpy as np
+
+    # NumPy's OpenBLAS is faster than TensorFlow, with oneDNN or without.
+    matrix = np.random.default_rng(0).standard_normal((side, side), np.float32)
+    return _runner(lambda: (matrix @ matrix).max())
+  a = tf.random.normal([side, side], dtype=tf.float32)
+  a = tf.cast(a, contender.recipe["dtype"])
+  tf.config.experimental.enable_tensor_float_32_execution(False)
+  return _runner(tf.function(lambda: tf.cast(tf.reduce_max(tf.matmul(a, a)), tf.float32)))
+
+
+def _runner(product) -> Runner:
+  return Runner(lambda steps: [float(product()) for _ in range(_PRODUCTS * steps)][-1], passes=1)
+
+
+def product_flops(gpu: bool) -> float:
+  """FLOPs of one step of `make_product`."""
+  return _PRODUCTS * 2 * _SIDE["gpu" if gpu else "cpu"] ** 3
+
+
+@functools.cache  # Contenders often share a recipe.
+def count_work(recipe: Recipe) -> dict[str, int]:
+  """ "flops" of one image's forward and backward pass, and trainable "parameters"."""
+  import keras
+
+  from tf_largebatch.models.networks import build_model
+
+  forward, first = 0, None
+  model = build_model(recipe, usual_classes(recipe.network), "export")
+  for layer in model.layers:
+    if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
+      positions = 1
+      for side in layer.output.shape[1:-1]:
+        positions *= side
+      flops = 2 * positions * layer.kernel.shape.num_elements()
+      first = flops if first is None else first
+      forward += flops
+  parameters = sum(variable.shape.num_elements() for variable in model.trainable_variables)
+  return {"flops": 3 * forward - first, "parameters": parameters}
