@@ -1,4 +1,4 @@
-"""`PerWorkerBatchNormalization` against loops over groups in NumPy float64."""
+"""`PerWorkerBatchNormalization` against a loop over the groups in NumPy float64."""
 
 import math
 
@@ -11,8 +11,8 @@ import tensorflow as tf
 from tests.launching import run_program
 from tf_largebatch.models.normalization import PerWorkerBatchNormalization
 
-# By dtype policy: dtype of the images; tolerance of y and dx, of the gradients of gamma
-# and beta (sums that cancel), and of the running averages.
+# By dtype policy: dtype of the images; tolerances of y and dx, of the gradients of gamma and beta
+# (sums with cancellation), and of the moving averages.
 POLICIES = {
   "float64": (np.float64, 1e-12, 1e-12, 1e-12),
   "float32": (np.float32, 2e-6, 4e-6, 1e-6),
@@ -22,7 +22,7 @@ SHAPES = [(12, 5), (12, 4, 5), (12, 3, 4, 5)]
 
 
 def assert_close(actual, expected, tolerance):
-  """Largest error relative to the largest value expected; to zeros, absolute."""
+  """Bounds the largest error, relative to the largest expected value unless all are zero."""
   actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
   assert actual.shape == expected.shape
   scale = np.max(np.abs(expected)) or 1
@@ -30,7 +30,7 @@ def assert_close(actual, expected, tolerance):
 
 
 def images(shape, dtype, seed=0):
-  """Images whose mean and scale differ from one to the next and between channels."""
+  """Images whose mean and scale differ between images and between channels."""
   rng = np.random.default_rng(seed)
   each = (shape[0],) + (1,) * (len(shape) - 1)
   x = rng.normal(size=shape) * rng.uniform(0.5, 2, shape[-1]) + rng.normal(size=shape[-1])
@@ -38,7 +38,7 @@ def images(shape, dtype, seed=0):
 
 
 def reference(x, dy, gamma, beta, n, epsilon):
-  """y, its gradients, and the means over groups of the mean and the unbiased variance."""
+  """(y, gradients of x, gamma and beta, group averages of mean and of unbiased variance)."""
   x, dy, gamma, beta = (np.asarray(a, np.float64) for a in (x, dy, gamma, beta))
   ys, dxs, means, variances = [], [], [], []
   dgamma = dbeta = 0
@@ -61,7 +61,7 @@ def reference(x, dy, gamma, beta, n, epsilon):
 
 
 def prepared(shape, policy, seed=5, **arguments):
-  """A built layer with random gamma, beta and running averages, and these four in float64."""
+  """(a built layer with random gamma, beta and moving averages, these four in float64)."""
   layer = PerWorkerBatchNormalization(dtype=policy, **arguments)
   layer.build((None, *shape[1:]))
   rng = np.random.default_rng(seed)
@@ -75,7 +75,7 @@ def forward_and_backward(layer, training=True):
     with tf.GradientTape() as tape:
       tape.watch(x)
       y = layer(x, training=training)
-      # The gradient of y is dy; the sum in float64 does not round it.
+      # Its gradient by y is dy, which the sum in float64 does not round.
       loss = tf.reduce_sum(tf.cast(y, tf.float64) * tf.cast(dy, tf.float64))
     return y, *tape.gradient(loss, [x, layer.gamma.value, layer.beta.value])
 
@@ -91,7 +91,7 @@ def forward_and_backward(layer, training=True):
     *[(4, "static"), (4, "dynamic"), (4, "xla")],
   ],
 )
-def test_training_is_the_formula(policy, shape, n, batch):
+def test_training_follows_the_equations(policy, shape, n, batch):
   dtype, tolerance, gradient_tolerance, moving_tolerance = POLICIES[policy]
   layer, (gamma, beta, moving_mean, moving_variance) = prepared(
     shape, policy, per_worker_batch_size=n, momentum=0.75, epsilon=0.01
@@ -115,8 +115,8 @@ def test_training_is_the_formula(policy, shape, n, batch):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("frozen", [False, True])
-def test_inference_takes_the_running_averages(policy, shape, frozen):
-  """So does a frozen layer in training. n = 5 does not divide the 12 images, and need not."""
+def test_inference_uses_the_moving_averages(policy, shape, frozen):
+  """So does a frozen layer in training. The 12 images need not be a multiple of n = 5."""
   dtype, tolerance, gradient_tolerance, _ = POLICIES[policy]
   layer, weights = prepared(shape, policy, per_worker_batch_size=5, epsilon=0.01)
   layer.trainable = not frozen
@@ -137,8 +137,8 @@ def test_inference_takes_the_running_averages(policy, shape, frozen):
 
 
 @pytest.mark.parametrize("policy", ["float64", "float32"])
-def test_running_averages_over_steps(policy):
-  """By default momentum 0.9 and epsilon 1e-5, from 0 and 1: after T steps 0.9^T of the start."""
+def test_moving_averages_over_steps(policy):
+  """The defaults: momentum 0.9, epsilon 1e-5, averages that start at 0 and 1."""
   dtype, tolerance, _, moving_tolerance = POLICIES[policy]
   layer = PerWorkerBatchNormalization(4, dtype=policy)
   statistics = []
@@ -153,7 +153,7 @@ def test_running_averages_over_steps(policy):
 
 
 @pytest.mark.parametrize("policy", ["float64", "float32"])
-def test_a_batch_of_groups_is_a_pass_for_each_and_not_one_pass_for_all(policy):
+def test_a_batch_of_groups_equals_one_pass_per_group_not_one_for_all(policy):
   dtype, tolerance, _, moving_tolerance = POLICIES[policy]
   x = images((12, 3, 4, 5), dtype)
   together, _ = prepared(x.shape, policy, per_worker_batch_size=4)
@@ -169,7 +169,7 @@ def test_a_batch_of_groups_is_a_pass_for_each_and_not_one_pass_for_all(policy):
   assert np.max(np.abs(together.moving_variance - whole.moving_variance)) > 0.01
 
 
-def test_a_batch_that_n_does_not_divide_is_refused():
+def test_rejects_a_batch_that_is_not_a_multiple_of_n():
   layer = PerWorkerBatchNormalization(4, name="bn")
   with pytest.raises(ValueError, match=r"bn: a batch of 10 .* per_worker_batch_size=4"):
     layer(np.ones((10, 3)), training=True)
@@ -181,7 +181,7 @@ def test_a_batch_that_n_does_not_divide_is_refused():
     dynamic(np.ones((10, 3), np.float32))
 
 
-def test_xla_which_drops_assertions_refuses_such_a_batch_too():
+def test_rejects_such_a_batch_under_xla_which_drops_assertions():
   layer = PerWorkerBatchNormalization(4)
   layer.build((None, 3))
   compiled = tf.function(
@@ -248,24 +248,24 @@ def test_fit_save_and_load(tmp_path):
     ("epsilon", math.nan),
   ],
 )
-def test_bad_arguments_are_refused(name, value):
+def test_rejects_bad_arguments(name, value):
   with pytest.raises(ValueError, match=f"{name} must .* not {value}"):
     PerWorkerBatchNormalization(**{name: value})
 
 
-def test_a_mask_is_not_taken_without_a_word():
+def test_warns_about_a_mask():
   masked = keras.layers.Masking()(np.ones((2, 3, 4), np.float32))
   with pytest.warns(UserWarning, match="does not support masking"):
     PerWorkerBatchNormalization()(masked)
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, None), (None, 3, None)])
-def test_an_input_without_known_channels_is_refused(shape):
+def test_rejects_an_input_without_known_channels(shape):
   with pytest.raises(ValueError, match="channels"):
     PerWorkerBatchNormalization().build(shape)
 
 
-# Each replica feeds data of its own, one step, and every copy of the averages is printed.
+# Takes one step with different data on each replica and prints each copy of the moving averages.
 MIRRORED = """
 import json
 import keras
@@ -300,14 +300,15 @@ print(json.dumps({
 """
 
 
-def test_replicas_keep_equal_running_averages_where_stock_ones_drift_apart():
-  """Two replicas of two groups of two; the groups' means are (2, 12), (2, 0) and 5 times that.
+def test_replicas_keep_equal_moving_averages_unlike_those_of_keras():
+  """Two replicas with two groups of two images each; means (2, 12), (2, 0), and 5 times these.
 
-  Keras' own layer, which takes each replica for a group, leaves every replica its own averages.
+  Keras' own layer treats each replica as a group and keeps different averages on each replica.
   """
   copies = run_program(MIRRORED)
   mean, variance = np.array(copies["ours"])
-  # Means over four groups of mean (2, 12, 10, 60 …) and unbiased variance (2, 8; 50, 200; else 0).
+  # Averages over four groups: means (2, 12), (2, 0), (10, 60), (10, 0); unbiased variances (2, 8),
+  # (0, 0), (50, 200), (0, 0).
   assert_close(mean, [[0.1 * 6, 0.1 * 18]] * 2, 1e-6)
   assert_close(variance, [[0.9 + 0.1 * 13, 0.9 + 0.1 * 52]] * 2, 1e-6)
   mean, variance = np.array(copies["stock"])

@@ -1,4 +1,4 @@
-"""The networks against hand counts, a second forward pass in plain TensorFlow, and stock Keras."""
+"""The networks against known sizes, a reference forward pass in TensorFlow, and Keras' own."""
 
 import collections
 import functools
@@ -15,10 +15,10 @@ from tf_largebatch.models import resnet
 from tf_largebatch.models.normalization import PerWorkerBatchNormalization
 
 STOCK = functools.partial(keras.layers.BatchNormalization, momentum=0.9, epsilon=1e-5)
-# By network: blocks of each stage, side of its output for images of 224 and 32 pixels, trainable
-# parameters. ResNet-20: stem 432 + 32, stages 14016 + 51072 + 203520, dense 650; each step of one
-# block a stage adds 4672 + 18560 + 73984. ResNet-8: stem 232, stages 1184 + 3520 + 13952, dense
-# 330. ResNet-50: 25 557 032 as published (torchvision too).
+# By network: blocks per stage, side of each stage's output (for images of 224 or 32 pixels), number
+# of trainable parameters. ResNet-20: stem 432 + 32, stages 14016 + 51072 + 203520, dense 650; one
+# more block per stage adds 4672 + 18560 + 73984. ResNet-8: stem 232, stages 1184 + 3520 + 13952,
+# dense 330. ResNet-50: 25 557 032 as published, and as in torchvision.
 NETWORKS = {
   "resnet8": ((1, 1, 1), (32, 16, 8), 19_218),
   "resnet20": ((3, 3, 3), (32, 16, 8), 269_722),
@@ -33,15 +33,17 @@ MEAN, STD = (120, 110, 100), (64, 32, 128)
 
 
 def build(network, normalization=PerWorkerBatchNormalization, **arguments):
+  """The network for its usual images; `arguments` are those of `Layers` and `resnet.build`."""
   side, classes = (32, 10) if network in CIFAR else (224, 1000)
   values = {"input_shape": (side, side, 3), "num_classes": classes, "channel_mean": MEAN}
-  values |= {"channel_std": STD, "normalization": normalization, **arguments}
-  return resnet.build(network, **values)
+  values |= {"channel_std": STD, **arguments}
+  shared = {name: values.pop(name) for name in ("last_gamma", "dtype", "seed") if name in values}
+  return resnet.build(network, resnet.Layers(normalization, **shared), **values)
 
 
 @functools.cache
 def default(network):
-  """The network as built by default; tests leave its weights alone."""
+  """The network with default options; tests must not change its weights."""
   return build(network)
 
 
@@ -54,12 +56,12 @@ def convolutions(model):
 
 
 def normalizations(model):
-  """All the layers with a gamma, of whatever class."""
+  """All layers with a gamma, whatever their class."""
   return [layer for layer in model.layers if hasattr(layer, "gamma")]
 
 
 def randomize(model, seed=0):
-  """Weights that hide nothing: no zero or equal gamma, running averages away from 0 and 1."""
+  """Sets weights that hide no mistake: gammas neither 0 nor equal, statistics not 0 and 1."""
   rng = np.random.default_rng(seed)
   for layer in normalizations(model):
     channels = layer.gamma.shape
@@ -73,11 +75,11 @@ def pixels(model, batch=2, seed=0):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_sizes(network):
-  """Parameters, depth, and the shape after each block."""
+  """Number of parameters, depth, and the shape after each block."""
   blocks, sides, parameters = NETWORKS[network]
   model = default(network) if network in ("resnet20", "resnet50") else build(network)
   assert sum(int(np.prod(w.shape)) for w in model.trainable_weights) == parameters
-  # The name counts the convolutions, less the shortcuts', and the dense layer.
+  # The name counts the convolutions, except those of the shortcuts, and the dense layer.
   shortcuts = 0 if network in CIFAR else 4
   assert network == f"resnet{len(convolutions(model)) - shortcuts + 1}"
   first = {"resnet8": 8}.get(network, 16) if network in CIFAR else 256
@@ -90,11 +92,11 @@ def test_sizes(network):
 
 
 def faults(model):
-  """What differs from the paper's network (§5.1) in a bottleneck ResNet, by structure alone."""
+  """Structural differences between a bottleneck ResNet and the paper's network (§5.1)."""
   found = set()
   strided = [layer for layer in convolutions(model) if layer.strides != (1, 1)]
   kernels = collections.Counter(layer.kernel_size for layer in strided)
-  # Three stages halve the image: each once on a 3x3 and once on the shortcut, a 1x1 that widens.
+  # Three stages halve the image, each in one 3x3 convolution and in the shortcut's widening 1x1.
   narrowing = [
     layer.name
     for layer in strided
@@ -117,8 +119,8 @@ def faults(model):
   return found
 
 
-def test_the_papers_network_and_not_keras_own():
-  """The same checks find each of the four faults of keras.applications' ResNet-50."""
+def test_builds_the_papers_network_unlike_keras():
+  """The same checks find all four differences in keras.applications' ResNet-50."""
   assert faults(default("resnet50")) == set()
   assert faults(build("resnet50", STOCK, last_gamma=1.0)) == {"gamma"}
   stock = keras.applications.ResNet50(weights=None)
@@ -126,8 +128,8 @@ def test_the_papers_network_and_not_keras_own():
 
 
 @pytest.mark.parametrize("network", ["resnet20", "resnet50"])
-def test_blocks_are_the_shortcut_and_relu_at_initialisation(network):
-  """Exactly; a gamma of 0 anywhere but last in the branch would zero more, or less, than that."""
+def test_each_block_is_relu_of_its_shortcut_at_initialisation(network):
+  """Holds exactly only if the last gamma of each branch, and no other gamma, is 0."""
   model = build(network, input_shape=(32, 32, 3))
   names = [layer.name.removesuffix("_add") for layer in layers_of(model, keras.layers.Add)]
   projected = {
@@ -137,7 +139,7 @@ def test_blocks_are_the_shortcut_and_relu_at_initialisation(network):
   }
   assert len(projected) == (4 if network == "resnet50" else 0)
   outputs = [model.get_layer(f"{name}_out").output for name in names]
-  # The first block of resnet50 follows the pooling, that of resnet20 the stem.
+  # The first block follows the pooling in resnet50 and the stem in resnet20.
   start = model.get_layer("stem_pool" if network == "resnet50" else "stem_relu").output
   inside = keras.Model(model.input, [start, outputs, projected])
   for training in (False, True):
@@ -146,7 +148,7 @@ def test_blocks_are_the_shortcut_and_relu_at_initialisation(network):
     for name, y in zip(names, ys, strict=True):
       shortcut = shortcuts.get(name, previous)
       if shortcut.shape != y.shape:
-        # Option A: every second pixel, as many zero channels before as after.
+        # Option A: every second pixel, and equally many zero channels before and after.
         shortcut = shortcut[:, ::2, ::2]
         zeros = np.zeros_like(shortcut[..., : shortcut.shape[-1] // 2])
         shortcut = np.concatenate([zeros, shortcut, zeros], axis=-1)
@@ -156,7 +158,7 @@ def test_blocks_are_the_shortcut_and_relu_at_initialisation(network):
 
 
 def reference_logits(model, images, blocks):
-  """The network written a second time, in float64 with explicit padding, from weights by name."""
+  """A second implementation of the network in float64, with explicit padding and named weights."""
 
   def convolution(x, name, strides=1):
     kernel = model.get_layer(f"{name}_conv").kernel.numpy()
@@ -198,11 +200,11 @@ def reference_logits(model, images, blocks):
 
 
 @pytest.mark.parametrize("network, side", [("resnet20", 32), ("resnet50", 76)])
-def test_the_whole_forward_pass(network, side):
-  """Padding alike on both sides, strides, shortcuts, pooling and pixel normalisation, in numbers.
+def test_the_whole_forward_pass_equals_the_reference(network, side):
+  """Covers symmetric padding, strides, shortcuts, pooling and the normalisation of pixels.
 
-  76 pixels become 38, 19, 10, 5 and 3: sides even and odd are strided. Keras' "same" would pad the
-  even ones on one side alone.
+  76 pixels become 38, 19, 10, 5 and 3, so the strided layers see even and odd sides. Keras' "same"
+  would pad the even ones on one side only.
   """
   model = build(network, input_shape=(side, side, 3), dtype="float64")
   randomize(model)
@@ -220,7 +222,7 @@ def test_the_whole_forward_pass(network, side):
     ("float64", 1e-14),
   ],
 )
-def test_pixels_are_normalised_by_channel(dtype, tolerance):
+def test_normalises_pixels_per_channel(dtype, tolerance):
   model = build("resnet20", channel_mean=(10, 20, 30), channel_std=(2, 4, 5), dtype=dtype)
   normalized = keras.Model(model.input, model.get_layer("normalize_channels").output)
   image = np.zeros((1, 32, 32, 3))
@@ -229,12 +231,12 @@ def test_pixels_are_normalised_by_channel(dtype, tolerance):
   assert actual.dtype == dtype
   actual = [actual[0, 0], actual[31, 31], actual[5, 7]]
   expected = [(1, 2, -2), (122.5, -5, 0.2), (-5, -5, -6)]
-  # The offset of -6 and the terms of 122.5 are rounded before they are added.
+  # The offset -6 and the terms of 122.5 are rounded before the addition.
   np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=6 * tolerance)
 
 
 def test_initial_values():
-  """He et al.: normal, not truncated, of variance 2 / fan-out; dense N(0, 0.01²), bias 0."""
+  """He et al.: untruncated normal with variance 2 / fan-out; dense layer N(0, 0.01²), bias 0."""
   model = default("resnet50")
   dense, bias = model.get_layer("logits").weights
   spreads = [(dense, 0.01)]
@@ -246,7 +248,7 @@ def test_initial_values():
     assert abs(values.mean()) < 5 / np.sqrt(values.size)
     assert abs(values.std() - 1) < 5 / np.sqrt(2 * values.size)
     if values.size > 1e5:
-      # Keras' truncated normal ends at 2.27; of so many normal values one in 200 lies beyond 2.8.
+      # Keras' truncated normal ends at 2.27; one in 200 normal values lies beyond 2.8.
       assert np.mean(np.abs(values) > 2.8) == pytest.approx(0.0051103, rel=0.25)
   np.testing.assert_array_equal(bias, 0)
   for layer in normalizations(model):
@@ -259,7 +261,7 @@ def kernels_of(model):
   return {layer.name: layer.kernel.numpy() for layer in model.layers if hasattr(layer, "kernel")}
 
 
-def test_initial_weights_depend_on_seed_and_layer_alone():
+def test_initial_weights_depend_on_seed_and_layer_only():
   keras.utils.set_random_seed(1)
   kernels = kernels_of(default("resnet20"))
   keras.utils.set_random_seed(2)
@@ -270,7 +272,7 @@ def test_initial_weights_depend_on_seed_and_layer_alone():
       np.testing.assert_array_equal(kernel, twin[name])
   for name, kernel in kernels.items():
     assert not np.any(kernel == other[name])
-  # No two layers share their draws: as much as the smallest kernel holds, in units of the spread.
+  # No two layers share their draws. Compares as many as the smallest kernel has, standardised.
   draws = [np.ravel(kernel)[:432] / kernel.std() for kernel in kernels.values()]
   correlation = np.corrcoef(draws) - np.eye(20)
   assert np.max(np.abs(correlation)) < 0.25  # 5 standard errors of 432 pairs.
@@ -278,7 +280,7 @@ def test_initial_weights_depend_on_seed_and_layer_alone():
 
 @pytest.mark.parametrize("network", ["resnet20", "resnet50"])
 def test_mixed_bfloat16(network):
-  """Images, weights, pooling, dense and logits float32, between them bfloat16; the same network."""
+  """Input, weights, global pooling, dense layer and logits are float32, the rest is bfloat16."""
   model = build(network, input_shape=(64, 64, 3), dtype="mixed_bfloat16")
   twin = build(network, input_shape=(64, 64, 3))
   randomize(model)
@@ -292,13 +294,13 @@ def test_mixed_bfloat16(network):
   actual, expected = model(images), twin(images).numpy()
   assert model.output.dtype == actual.dtype == "float32"
   assert np.linalg.norm(actual - expected) < 0.05 * np.linalg.norm(expected)
-  # Not rounded to bfloat16 at the very end.
+  # The logits are not rounded to bfloat16.
   assert np.any(tf.cast(tf.cast(actual, tf.bfloat16), tf.float32) != actual)
 
 
 @functools.cache
 def exported(network):
-  """(a network of our layers with random weights, its weights in one of stock layers)."""
+  """(a network of our layers with random weights, one of Keras' layers with the same weights)."""
   ours = functools.partial(PerWorkerBatchNormalization, 4)
   trained = build(network, ours, input_shape=(32, 32, 3))
   export = build(network, STOCK, input_shape=(32, 32, 3))
@@ -308,7 +310,7 @@ def exported(network):
 
 
 @pytest.mark.parametrize("network", ["resnet20", "resnet50"])
-def test_weights_move_to_stock_layers_in_order(network):
+def test_keras_layers_take_the_weights_in_the_same_order(network):
   trained, export = exported(network)
   names = [[(w.name, w.shape) for w in model.weights] for model in (trained, export)]
   assert names[0] == names[1]
@@ -329,7 +331,7 @@ np.save("logits.npy", model(np.load("images.npy")))
 """
 
 
-def test_a_saved_export_loads_where_this_package_does_not_exist(tmp_path):
+def test_a_saved_export_loads_without_this_package(tmp_path):
   trained, export = exported("resnet20")
   export.save(tmp_path / "model.keras")
   np.save(tmp_path / "images.npy", pixels(trained))
@@ -352,6 +354,6 @@ def test_a_saved_export_loads_where_this_package_does_not_exist(tmp_path):
     ("resnet20", {"channel_std": (1, 1)}, "channel_std"),
   ],
 )
-def test_bad_arguments_are_refused(network, bad, message):
+def test_rejects_bad_arguments(network, bad, message):
   with pytest.raises(ValueError, match=message):
     build(network, **bad)

@@ -1,4 +1,4 @@
-"""`LossScale` against its rule, written in plain Python."""
+"""`LossScale` against its rule in plain Python."""
 
 import pytest
 import tensorflow as tf

@@ -1,4 +1,4 @@
-"""`LinearScalingSchedule` against rates computed by hand."""
+"""`LinearScalingSchedule` against precomputed rates."""
 
 import math
 
@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tf_largebatch import recipe
 from tf_largebatch.errors import UserError
+from tf_largebatch.optim import schedule as schedule_lib
 from tf_largebatch.optim.schedule import LinearScalingSchedule
 
-# Steps of an ImageNet epoch: 1281167 // 64, 1281167 // 256, 1281167 // 8192.
+# Steps per epoch of ImageNet: 1281167 // 64, 1281167 // 256, 1281167 // 8192.
 STEPS_PER_EPOCH = {64: 20018, 256: 5004, 8192: 156}
 
-# The steps before, at and after the decays at 30, 60 and 80 epochs, by step: rate.
+# {step: rate} before, at and after the decays at epochs 30, 60 and 80, by kn.
 DECAYS = {
   64: {
     600539: 0.025, 600540: 0.0025, 600541: 0.0025,
@@ -32,7 +34,7 @@ DECAYS = {
   },
 }  # fmt: skip
 
-# The start and the end of the 5 epochs of warmup. Up to kn = 256 there is none, whatever is asked.
+# {step: rate} at the start and the end of the 5 epochs of warmup, which kn up to 256 never have.
 FLAT_64 = {0: 0.025, 1: 0.025, 100089: 0.025, 100090: 0.025, 100091: 0.025}
 FLAT_256 = {0: 0.1, 1: 0.1, 25019: 0.1, 25020: 0.1, 25021: 0.1}
 WARMUPS = {
@@ -51,7 +53,7 @@ WARMUPS = {
 
 
 def assert_rates(schedule, expected):
-  """Every rate to float64: one rounded to float32 on its way would be off by 1e-8."""
+  """Compares in float64 precision; a rounding to float32 on the way would be an error of 1e-8."""
   actual = [float(schedule(step)) for step in expected]
   np.testing.assert_allclose(actual, list(expected.values()), rtol=1e-13)
 
@@ -71,8 +73,8 @@ def test_imagenet_rates_around_every_boundary(kn, warmup):
     (256, 128, 0.16),
   ],
 )
-def test_only_more_than_the_reference_batch_warms_up(kn, reference, at_3_epochs):
-  """At kn = 256 a warmup from 0.1 to 0.1 shows by the decay at 3 epochs that it would put off."""
+def test_only_minibatches_above_the_reference_warm_up(kn, reference, at_3_epochs):
+  """At kn = 256 a warmup from 0.1 to 0.1 would show only as a delay of the decay at epoch 3."""
   schedule = LinearScalingSchedule(10, kn, reference_batch_size=reference, decay_epochs=(3,))
   assert_rates(schedule, {30: at_3_epochs})
 
@@ -98,12 +100,12 @@ def test_scalings_of_table_2a(eta, scaling, expected):
 @pytest.mark.parametrize(
   "epochs, expected",
   [
-    # 24.6, 37.4 and 42.6 steps become 25, 37 and 43.
+    # 24.6, 37.4 and 42.6 steps are rounded to 25, 37 and 43.
     (
       {"warmup_epochs": 2.46, "decay_epochs": (3.74, 4.26), "decay_factor": 0.5},
       {0: 0.1, 23: 0.192, 24: 0.196, 25: 0.2, 36: 0.2, 37: 0.1, 42: 0.1, 43: 0.05, 44: 0.05},
     ),
-    # The boundaries at 30 and 50 both count from the end of the warmup at 50.
+    # The boundaries at steps 30 and 50 both take effect at step 50, when the warmup ends.
     (
       {"warmup_epochs": 5, "decay_epochs": (3, 5, 8)},
       {29: 0.158, 30: 0.16, 31: 0.162, 49: 0.198, 50: 0.002, 51: 0.002, 79: 0.002, 80: 0.0002},
@@ -116,8 +118,8 @@ def test_other_epochs(epochs, expected):
   assert_rates(LinearScalingSchedule(10, 512, **epochs), expected)
 
 
-def test_an_int64_step_in_a_graph():
-  """Steps that float32 (2^24) and int32 (2^31) cannot tell apart or hold."""
+def test_large_int64_steps_in_a_graph():
+  """Steps above 2^24, where float32 merges neighbours, and above 2^31, where int32 overflows."""
   schedule = LinearScalingSchedule(20_000_001, 8192, warmup_epochs=1, decay_epochs=(200,))
   graph = tf.function(schedule, input_signature=[tf.TensorSpec([], tf.int64)])
   expected = {20_000_000: 3.2 - 3.1 / 20_000_001, 20_000_001: 3.2, 4_000_000_199: 3.2}
@@ -145,10 +147,10 @@ def test_config_round_trip():
   assert_rates(clone, {9: 0.3, 10: peak, 13: peak, 14: peak / 4, 27: peak / 4, 28: peak / 16})
 
 
-def test_stock_sgd_takes_these_steps_through_fit_save_and_load(tmp_path):
-  """The gradient of |w + 100| is 1, so after t steps w is minus the sum of t rates.
+def test_keras_sgd_uses_these_rates_through_fit_save_and_load(tmp_path):
+  """The gradient of |w + 100| is 1, so after t steps w is minus the sum of the first t rates.
 
-  2 steps an epoch, kn = 512: 0.1, 0.125, 0.15 | 0.175, 0.2, 0.2, 0.02, 0.02.
+  With 2 steps per epoch and kn = 512 the rates are 0.1, 0.125, 0.15 | 0.175, 0.2, 0.2, 0.02, 0.02.
   """
   model = keras.Sequential(
     [keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")]
@@ -161,6 +163,10 @@ def test_stock_sgd_takes_these_steps_through_fit_save_and_load(tmp_path):
   loaded = keras.models.load_model(tmp_path / "model.keras")
   loaded.fit(np.ones((5, 1)), np.full((5, 1), -100.0), batch_size=1, verbose=0)
   np.testing.assert_allclose(loaded.get_weights()[0], [[-0.99]], rtol=1e-6)
+
+
+def test_every_warmup_of_the_recipe_has_a_rate():
+  assert {*schedule_lib._WARMUP_RATES, "none"} == set(recipe.WARMUPS)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +182,7 @@ def test_stock_sgd_takes_these_steps_through_fit_save_and_load(tmp_path):
     {"decay_factor": math.inf},
   ],
 )
-def test_bad_arguments_are_refused(bad):
+def test_rejects_bad_arguments(bad):
   ((name, value),) = bad.items()
   with pytest.raises(UserError, match=f"{name}.*{value}"):
     LinearScalingSchedule(**{"steps_per_epoch": 10, "global_batch_size": 512, **bad})

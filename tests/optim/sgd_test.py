@@ -12,7 +12,7 @@ from tf_largebatch.optim.schedule import LinearScalingSchedule
 from tf_largebatch.optim.sgd import MomentumCorrectedSGD
 
 STEPS = 200
-# 10 steps an epoch, kn = 8192: warmup for 50 steps, decays at 90, 140 and 170.
+# 10 steps per epoch, kn = 8192: 50 steps of warmup, decays at steps 90, 140 and 170.
 SCHEDULE = {
   "steps_per_epoch": 10,
   "global_batch_size": 8192,
@@ -22,7 +22,7 @@ SCHEDULE = {
 
 
 def schedule_rates():
-  """The rates of SCHEDULE by hand: 0.1 to 3.2 over 50 steps, then tenths."""
+  """The rates of SCHEDULE: from 0.1 to 3.2 over 50 steps, then divided by 10 at each decay."""
   rates = []
   for t in range(STEPS):
     if t < 50:
@@ -91,7 +91,7 @@ def relative(actual, expected):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_with_correction_is_equation_9(floatx, nesterov):
+def test_equals_equation_9_with_correction(floatx, nesterov):
   weights, gradients = problem()
   optimizer = MomentumCorrectedSGD(
     LinearScalingSchedule(**SCHEDULE), nesterov=nesterov, weight_decay=1e-3
@@ -102,7 +102,7 @@ def test_with_correction_is_equation_9(floatx, nesterov):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_without_correction_is_equation_10_and_not_9(floatx, nesterov):
+def test_equals_equation_10_and_not_9_without_correction(floatx, nesterov):
   weights, gradients = problem()
   optimizer = MomentumCorrectedSGD(
     LinearScalingSchedule(**SCHEDULE),
@@ -117,7 +117,7 @@ def test_without_correction_is_equation_10_and_not_9(floatx, nesterov):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_a_rate_assigned_by_hand_is_corrected_too(floatx, nesterov):
+def test_corrects_for_assigned_rates_too(floatx, nesterov):
   weights, gradients = problem(1)
   rates = np.random.default_rng(2).uniform(0.01, 2, STEPS)
   actual = run(MomentumCorrectedSGD(0.5, nesterov=nesterov), weights, gradients, floatx, rates)
@@ -162,7 +162,7 @@ def test_exclude_from_weight_decay():
   np.testing.assert_array_equal(kernels[1].numpy(), 1)
 
 
-def test_exclusions_hold_after_loading_where_they_are_made_again(tmp_path):
+def test_weight_decay_can_be_excluded_again_after_loading(tmp_path):
   model = small_model(MomentumCorrectedSGD(0.1, weight_decay=0.5))
   model.optimizer.build(model.trainable_variables)
   model.save(tmp_path / "model.keras")
@@ -175,10 +175,10 @@ def test_exclusions_hold_after_loading_where_they_are_made_again(tmp_path):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_variable_that_sits_steps_out_keeps_its_momentum(compiled):
-  """Eq. 9 for each variable: u of one without a gradient stays, whatever the rate does."""
+def test_a_variable_without_gradient_keeps_its_momentum(compiled):
+  """Eq. 9 for each variable: without a gradient u stays the same, even if the rate changes."""
   rates, gradient = [1.0, 0.1, 0.25, 0.5], 2.0
-  here = [True, False, False, True]
+  has_gradient = [True, False, False, True]
   a, b = (keras.Variable(np.zeros(3), name="bias", dtype="float64") for _ in range(2))
   optimizer = MomentumCorrectedSGD(1.0, nesterov=False)
   optimizer.build([a, b])
@@ -190,7 +190,7 @@ def test_a_variable_that_sits_steps_out_keeps_its_momentum(compiled):
   if compiled:
     step = tf.function(step)
   u, w = 0.0, 0.0
-  for rate, takes_part in zip(rates, here, strict=True):
+  for rate, takes_part in zip(rates, has_gradient, strict=True):
     optimizer.learning_rate = rate
     step(takes_part)
     if takes_part:
@@ -199,7 +199,7 @@ def test_a_variable_that_sits_steps_out_keeps_its_momentum(compiled):
   np.testing.assert_allclose(b.numpy(), w, rtol=1e-6)  # Keras' rates are float32.
 
 
-def test_the_rate_is_as_exact_as_the_finest_variable():
+def test_the_rate_has_the_precision_of_the_most_precise_variable():
   coarse = keras.Variable(np.zeros(3), name="bias", dtype="bfloat16")
   fine = keras.Variable(np.zeros(3), name="bias")
   optimizer = MomentumCorrectedSGD(0.1, nesterov=False)
@@ -217,7 +217,7 @@ def test_a_model_without_trainable_weights_is_saved_and_loaded(tmp_path):
   )
 
 
-# Two replicas fit a model; every copy of its kernel and of the kernel's momentum is printed.
+# Fits a model on two replicas and prints each copy of its kernel and of the kernel's momentum.
 MIRRORED = """
 import json
 import keras
@@ -236,8 +236,8 @@ print(json.dumps([[copy.numpy().tolist() for copy in v.value.values] for v in va
 """
 
 
-def test_replicas_decay_alike_in_fit():
-  """Inputs of 0 leave the decay alone: w = 1 - 0.05 w, then with half of the momentum more."""
+def test_all_replicas_decay_equally_in_fit():
+  """Inputs of 0 leave only the decay: w ← w - 0.05 w, then also minus half of the last update."""
   kernels, momenta = run_program(MIRRORED)
   first = 0.1 * 0.5
   second = 0.5 * first + 0.1 * 0.5 * (1 - first)
@@ -266,7 +266,7 @@ def small_model(optimizer):
 
 
 def test_fit_save_and_load_continue_the_same_run(tmp_path):
-  """Saved in the middle of a warmup, where a lost buffer rate would show at the next step."""
+  """Saves during the warmup, where the next step would show if the buffers' rate were lost."""
   rng = np.random.default_rng(0)
   x, y = rng.normal(size=(64, 5)), rng.normal(size=(64, 2))
   fit = {"batch_size": 16, "shuffle": False, "verbose": 0}
@@ -297,6 +297,6 @@ def test_config_round_trip(learning_rate):
 @pytest.mark.parametrize(
   "bad", [{"momentum": 1}, {"momentum": -0.1}, {"weight_decay": -1e-4}, {"weight_decay": math.nan}]
 )
-def test_bad_arguments_are_refused(bad):
+def test_rejects_bad_arguments(bad):
   with pytest.raises(ValueError, match=next(iter(bad))):
     MomentumCorrectedSGD(**bad)

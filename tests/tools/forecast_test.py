@@ -143,9 +143,9 @@ def test_layers_are_those_of_the_network(network, parameters):
   side, classes = (224, 1000) if network == "resnet50" else (32, 10)
   model = resnet.build(
     network,
+    resnet.Layers(keras.layers.BatchNormalization),
     input_shape=(side, side, 3),
     num_classes=classes,
-    normalization=keras.layers.BatchNormalization,
     channel_mean=(0, 0, 0),
     channel_std=(1, 1, 1),
   )

@@ -12,36 +12,39 @@ _FUSED_DTYPES = (tf.float32, tf.bfloat16, tf.float16)
 class PerWorkerBatchNormalization(keras.layers.Layer):
   """Batch normalisation whose statistics never cross a worker (§2.3).
 
-  In training, a batch of g·n images is normalised as g groups of n successive images:
+  In training, a batch of g·n images is normalised as g groups of n consecutive images:
 
       y = γ · (x − μ_j) / sqrt(σ²_j + ε) + β,   μ_j, σ²_j over the images and positions of group j.
 
-  n is a hyper-parameter of the loss: a batch of 256 images on one device stays the paper's 8
-  workers of 32. The running averages for inference follow the mean over the groups,
+  n is a hyper-parameter of the loss: a batch of 256 images on one device is still 8 workers of 32
+  images, as in the paper. The moving averages used for inference follow the mean over the groups,
 
       moving ← momentum · moving + (1 − momentum) · mean_j(statistic_j),
 
-  with the unbiased variance, as in the paper's Caffe2 and in PyTorch (Keras keeps the biased one).
-  They are averaged over the replicas of a `tf.distribute` strategy, so all copies stay equal;
-  Keras' own layer lets them drift apart. For float32, bfloat16 and float16 this is one fused kernel
-  (`FusedBatchNormV3`, statistics in float32); other dtypes take plain operations.
+  of the mean and the unbiased variance, as in Caffe2 (which the paper used) and PyTorch; Keras
+  takes the biased variance. The replicas of a `tf.distribute` strategy average them, so all copies
+  stay equal; the copies of Keras' own layer drift apart. For float32, bfloat16 and float16 all this
+  is one fused kernel (`FusedBatchNormV3`, statistics in float32); other dtypes use separate
+  operations.
 
   Source: Goyal et al. 2017 (arXiv 1706.02677), §2.3; Ioffe and Szegedy 2015.
 
   Args:
-    per_worker_batch_size: n, images that normalise together. None: the whole (local) batch.
-    momentum: of the running averages; the paper's 0.9, not Keras' 0.99.
+    per_worker_batch_size: n, images that are normalised together. None: the whole (local) batch.
+    momentum: of the moving averages; 0.9 as in the paper, where Keras has 0.99.
     epsilon: ε, added to the variance.
-    gamma_initializer: for γ; the paper's last one in a residual block starts at 0.
-    beta_initializer: for β.
-    name, trainable, dtype: as in `keras.layers.Layer`. A layer that is not trainable normalises by
-      its running averages, as Keras' own does.
+    gamma_initializer: initialiser of γ. In the paper, the last γ of a residual block starts at 0.
+    beta_initializer: initialiser of β.
+    name, trainable, dtype: as in `keras.layers.Layer`. As in Keras' own layer, a layer that is not
+      trainable normalises by its moving averages.
 
-  Input: `[batch, …, channels]` (NHWC, or any rank from 2). Output: the same shape and dtype.
+  Input: `[batch, …, channels]` (NHWC, or any rank from 2). Output: the same shape, in the compute
+    dtype.
 
   Raises:
-    ValueError: an argument is out of range, or, in training, n does not divide the batch
-      (`tf.errors.InvalidArgumentError` where the batch is only known in the graph).
+    ValueError: an argument is out of range, the number of channels is unknown, or, in training, the
+      batch is not a multiple of n (`tf.errors.InvalidArgumentError` if the batch size is known only
+      when the graph runs).
   """
 
   def __init__(
@@ -60,7 +63,7 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
       not isinstance(per_worker_batch_size, numbers.Integral) or per_worker_batch_size < 1
     ):
       raise ValueError(
-        f"per_worker_batch_size must be a whole number from 1 or None, not {per_worker_batch_size}."
+        f"per_worker_batch_size must be a positive integer or None, not {per_worker_batch_size}."
       )
     if not 0 <= momentum < 1:
       raise ValueError(f"momentum must lie in [0, 1), not {momentum}.")
@@ -75,9 +78,11 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
   def build(self, input_shape):
     channels = input_shape[-1]
     if len(input_shape) < 2 or channels is None:
-      raise ValueError(f"The input must be [batch, …, channels], channels known: {input_shape}.")
-    # The parameters stay in the variable dtype (autocast=False): the fused kernel takes float32
-    # scales and statistics whatever the images' dtype.
+      raise ValueError(
+        f"The input must be [batch, …, channels] with channels known, not {input_shape}."
+      )
+    # The parameters stay in the variable dtype (autocast=False), because the fused kernel takes
+    # float32 scales and statistics for images of any dtype.
     weights = {"shape": (channels,), "autocast": False}
     self.gamma = self.add_weight(name="gamma", initializer=self.gamma_initializer, **weights)
     self.beta = self.add_weight(name="beta", initializer=self.beta_initializer, **weights)
@@ -89,8 +94,8 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
     if not (training and self.trainable):
       return self._normalize(inputs, self.moving_mean, self.moving_variance)
     groups = self._groups(inputs)
-    # [g·n, …, C] → [n, positions, 1, g·C]: a group becomes a set of channels of its own, which
-    # makes the fused kernel's "per channel" mean "per group and channel". One group needs no move.
+    # [g·n, …, C] → [n, positions, 1, g·C]: each group gets its own channels, so that the fused
+    # kernel normalises per group and channel. A single group needs no transposition.
     one = isinstance(groups, int) and groups == 1
     channels = inputs.shape[-1]
     if one and inputs.shape.rank == 4:
@@ -98,7 +103,8 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
     else:
       batch = tf.shape(inputs)[0]
       positions = tf.size(inputs) // (batch * channels)
-      # n itself, not batch // groups: XLA drops the assertion in _groups, and then this fails.
+      # n rather than batch // groups: XLA drops the assertion in _groups, and then this reshape
+      # catches a batch that is not a multiple of n.
       n = self.per_worker_batch_size or batch
       grouped = tf.reshape(inputs, [groups, n, positions, channels])
       grouped = tf.transpose(grouped, [1, 2, 0, 3])
@@ -118,7 +124,7 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
     return outputs
 
   def _groups(self, inputs):
-    """g, as an int where the batch is known while tracing, else as a checked tensor."""
+    """Returns g: an int if the batch size is known while tracing, else a checked tensor."""
     n = self.per_worker_batch_size
     batch = inputs.shape[0]
     if n is None:
@@ -126,17 +132,21 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
     if batch is not None:
       if batch % n:
         raise ValueError(
-          f"{self.name}: a batch of {batch} images is no whole number of groups of "
-          f"per_worker_batch_size={n}; give multiples of {n} (drop the remainder)."
+          f"{self.name}: a batch of {batch} images cannot be split into groups of "
+          f"per_worker_batch_size={n}; use a multiple of {n} (drop the remainder)."
         )
       return batch // n
     batch = tf.shape(inputs)[0]
-    message = f"{self.name}: the batch is no whole number of groups of per_worker_batch_size={n}."
+    message = f"{self.name}: the batch cannot be split into groups of per_worker_batch_size={n}."
     with tf.control_dependencies([tf.debugging.assert_equal(batch % n, 0, message)]):
       return batch // n
 
   def _normalize_batch(self, x, scale, offset):
-    """Normalises by x's own statistics: (outputs, mean, unbiased variance), over all but C."""
+    """Normalises x `[n, positions, 1, channels]` by its own statistics.
+
+    Returns:
+      (outputs, mean, unbiased variance); the statistics are `[channels]`.
+    """
     if x.dtype in _FUSED_DTYPES:
       empty = tf.zeros([0])
       outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
@@ -155,7 +165,7 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
     return outputs, mean, variance * count / tf.maximum(count - 1, 1)
 
   def _normalize(self, inputs, mean, variance):
-    """Normalises by the given statistics."""
+    """Normalises by the given statistics, `[channels]`."""
     if inputs.dtype not in _FUSED_DTYPES:
       return tf.nn.batch_normalization(inputs, mean, variance, self.beta, self.gamma, self.epsilon)
     four_d = inputs

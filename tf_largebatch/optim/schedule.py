@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: linear scaling, warmup, step decay."""
+"""The learning rate as a pure function of the step: linear scaling, warmup and step decay."""
 
 import math
 
@@ -6,42 +6,49 @@ import keras
 import tensorflow as tf
 
 from tf_largebatch.errors import UserError
-from tf_largebatch.recipe import WARMUPS, scaled_learning_rate
+from tf_largebatch.recipe import WARMUPS, scaled_learning_rate, warms_up
+
+# The rate during the warmup from η, η̂ and t / T_w (§2.2), by name; "none" has no warmup.
+_WARMUP_RATES = {
+  "gradual": lambda reference, peak, progress: reference + (peak - reference) * progress,
+  "constant": lambda reference, peak, progress: reference,
+}
 
 
 @keras.saving.register_keras_serializable(package="tf_largebatch")
 class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
-  """η_t of the paper: scaled by the minibatch, warmed up, decayed in steps.
+  """The paper's learning rate η_t: scaled with the minibatch, warmed up, decayed in steps.
 
       η̂   = η · kn / 256                               (linear scaling rule, §2.1)
       η_t = η + (η̂ − η) · t / T_w        for t < T_w    (gradual warmup, §2.2)
       η_t = η̂ · f^(number of decay boundaries ≤ t)      otherwise
 
-  t counts steps from 0, T_w = warmup epochs · steps per epoch and the boundaries are decay epochs ·
-  steps per epoch, each rounded to a whole step. The warmup is for kn > 256 alone (§5.3). After it
-  the schedule goes on as if there had been none: a boundary inside the warmup counts from T_w on.
-  Ablations: "constant" warmup holds η for t < T_w and "none" starts at η̂; "sqrt" scaling gives
-  η̂ = η · √(kn / 256) and "none" η̂ = η.
+  t counts steps from 0. T_w is warmup epochs · steps per epoch, and a decay boundary is decay epoch
+  · steps per epoch, each rounded to a whole step. Only minibatches above 256 images warm up (§5.3).
+  The warmup does not shift the boundaries; one that lies inside it takes effect at T_w. Ablations:
+  "constant" warmup keeps the rate at η for t < T_w, and "none" starts at η̂; "sqrt" scaling sets
+  η̂ = η · √(kn / 256), and "none" sets η̂ = η.
 
   Source: Goyal et al. 2017 (arXiv 1706.02677), §2.1, §2.2, §5.1, §5.3.
 
   Args:
-    steps_per_epoch: steps of one pass over the training set.
+    steps_per_epoch: steps in one pass over the training set.
     global_batch_size: kn, images in one step.
-    reference_learning_rate: η, the rate of a minibatch of `reference_batch_size` images.
-    reference_batch_size: the paper's 256.
+    reference_learning_rate: η, the rate for a minibatch of `reference_batch_size` images.
+    reference_batch_size: images in the reference minibatch; 256 in the paper.
     scaling: "linear", "sqrt" or "none".
     warmup: "gradual", "constant" or "none".
-    warmup_epochs: epochs until η̂ is reached.
-    decay_epochs: epochs at which the rate is multiplied by `decay_factor`, rising.
+    warmup_epochs: length of the warmup in epochs.
+    decay_epochs: epochs at which the rate is multiplied by `decay_factor`, in increasing order.
     decay_factor: f.
+    name: name of the schedule's operations.
 
-  Call: a step (integer scalar) → η_t, a float64 scalar, so that nothing is lost before the
-  optimizer casts it to its weights' dtype.
+  Call: maps a step (integer scalar) to η_t (float64 scalar), so that the first rounding is the
+    optimizer's cast to the dtype of its variables.
 
   Raises:
-    UserError (a ValueError): an unknown scaling or warmup, a count below 1, or a rate, epoch or
-      factor that is negative or not finite.
+    UserError (a ValueError): scaling or warmup is unknown, a count is below 1, or a rate, epoch or
+      factor is negative or not finite.
   """
 
   def __init__(
@@ -59,7 +66,7 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
   ):
     super().__init__()
     if warmup not in WARMUPS:
-      raise UserError(f"warmup={warmup!r} is unknown; one of {', '.join(WARMUPS)} would do.")
+      raise UserError(f"warmup={warmup!r} is unknown; use one of {', '.join(WARMUPS)}.")
     if steps_per_epoch < 1 or global_batch_size < 1 or reference_batch_size < 1:
       raise UserError(
         "steps_per_epoch, global_batch_size and reference_batch_size must be at least 1, not "
@@ -73,8 +80,8 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
     }
     for argument, values in given.items():
       if not all(0 <= value < math.inf for value in values):
-        told = ",".join(map(str, values))
-        raise UserError(f"{argument}={told} is refused; it must be finite and not negative.")
+        text = ",".join(map(str, values))
+        raise UserError(f"{argument}={text} is out of range; it must be finite and at least 0.")
     self.steps_per_epoch = steps_per_epoch
     self.global_batch_size = global_batch_size
     self.reference_learning_rate = reference_learning_rate
@@ -88,8 +95,9 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
     self.peak_learning_rate = scaled_learning_rate(
       reference_learning_rate, global_batch_size, reference_batch_size, scaling
     )
-    warms_up = warmup != "none" and global_batch_size > reference_batch_size
-    self.warmup_steps = round(warmup_epochs * steps_per_epoch) if warms_up else 0
+    self.warmup_steps = 0
+    if warms_up(warmup, global_batch_size, reference_batch_size):
+      self.warmup_steps = round(warmup_epochs * steps_per_epoch)
     self.decay_steps = tuple(round(epoch * steps_per_epoch) for epoch in self.decay_epochs)
 
   def __call__(self, step):
@@ -104,9 +112,7 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
       rate = peak * tf.constant(self.decay_factor, tf.float64) ** decays
       if self.warmup_steps == 0:
         return rate
-      warm = reference
-      if self.warmup == "gradual":
-        warm = reference + (peak - reference) * (step / self.warmup_steps)
+      warm = _WARMUP_RATES[self.warmup](reference, peak, step / self.warmup_steps)
       return tf.where(step < self.warmup_steps, warm, rate)
 
   def get_config(self):

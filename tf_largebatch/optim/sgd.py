@@ -1,4 +1,4 @@
-"""SGD with momentum that stays right while the learning rate changes."""
+"""SGD whose momentum stays correct while the learning rate changes."""
 
 import keras
 import tensorflow as tf
@@ -6,36 +6,39 @@ import tensorflow as tf
 
 @keras.saving.register_keras_serializable(package="tf_largebatch")
 class MomentumCorrectedSGD(keras.optimizers.Optimizer):
-  """The paper's SGD: momentum corrected for the rate (remark 2), coupled L2 (remark 1).
+  """The paper's SGD: momentum correction (remark 2) and coupled weight decay (remark 1).
 
-  With g the gradient of the loss plus λ·w for decayed weights, each step is
+  With g the gradient of the loss, plus λ·w for decayed weights, each step is
 
       v ← m · (η_{t+1} / η_t) · v + η_{t+1} · g   (eq. 10 with the correction)
       w ← w − v                                   (Nesterov: w ← w − (m · v + η_{t+1} · g))
 
-  which equals eq. 9, u ← m · u + g, w ← w − η_{t+1} · u, by v = η · u, for any sequence of rates,
-  from a schedule or assigned by hand. `keras.optimizers.SGD` is eq. 10 without the factor: a
-  rising rate makes its old momentum too small and a falling one too large. A rate of 0 leaves the
-  weights alone while the momentum goes on as in eq. 9: the buffer keeps the last other rate.
+  With v = η · u this is eq. 9, u ← m · u + g, w ← w − η_{t+1} · u, for any sequence of rates,
+  whether from a schedule or assigned to `learning_rate`. `keras.optimizers.SGD` is eq. 10 without
+  the correction: its accumulated momentum is too small after the rate rises and too large after it
+  falls. A rate of 0 leaves the weights unchanged while u keeps accumulating as in eq. 9; the buffer
+  is then scaled by the last rate other than 0.
 
-  Weight decay is the gradient of λ/2‖w‖², once for the minibatch, on variables whose name ends in
-  "kernel" (convolutions and dense layers), never on γ, β or biases; `exclude_from_weight_decay`
-  takes out more (Keras saves no exclusions: after loading, call it again). Keras' own
-  `weight_decay` is decoupled (it by-passes the momentum), and its L2(λ) has the gradient 2λw.
+  Weight decay adds the gradient of λ/2‖w‖² once per minibatch, to variables whose name ends in
+  "kernel" (convolutions and dense layers), never to γ, β or biases. `exclude_from_weight_decay`
+  excludes more variables; Keras does not save the exclusions, so call it again after loading. In
+  Keras, by contrast, `weight_decay` is decoupled (it bypasses the momentum), and the gradient of
+  its L2(λ) is 2λw.
 
   Source: Goyal et al. 2017 (arXiv 1706.02677), §3, eqs. 8 to 10; Sutskever et al. 2013 (Nesterov).
 
   Args:
     learning_rate: η, a float, a `LearningRateSchedule` or a callable.
     momentum: m, in [0, 1).
-    nesterov: step by the momentum as it will be, not as it is.
-    momentum_correction: False is the ablation, eq. 10 as it stands.
-    weight_decay: λ.
-    jit_compile: whether XLA compiles the update of all variables, which makes one kernel of each
-      variable's; for gradients that were summed over the replicas before (`step`).
-    name: of the optimizer.
+    nesterov: use Nesterov momentum.
+    momentum_correction: False leaves out the factor η_{t+1} / η_t, as an ablation.
+    weight_decay: λ, at least 0.
+    jit_compile: compile the update with XLA, which fuses the operations of each variable into one
+      kernel. Takes effect in cross-replica context only, with gradients summed over the replicas.
+    name: name of the optimizer.
 
-  The momentum buffers and the rate they are scaled by are part of the optimizer's saved state.
+  The momentum buffers, one per variable and of its shape, and the rate that they are scaled by are
+  part of the optimizer's saved state.
 
   Raises:
     ValueError: momentum or weight_decay is out of range.
@@ -51,7 +54,7 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     jit_compile=False,
     name="MomentumCorrectedSGD",
   ):
-    # The base class' weight_decay would be the decoupled one, so it stays None.
+    # The base class' own weight_decay, which is decoupled, stays None.
     super().__init__(learning_rate=learning_rate, name=name)
     if not 0 <= momentum < 1:
       raise ValueError(f"momentum must lie in [0, 1), not {momentum}.")
@@ -68,7 +71,7 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
       return
     super().build(variables)
     self.momentums = self.add_optimizer_variables(variables, "momentum")
-    # The rate η that the buffers v = η · u are scaled by; 0 before the first step.
+    # η in v = η · u; 0 before the first step.
     self.buffer_learning_rate = self.add_variable(
       shape=(),
       dtype="float64" if any(v.dtype == "float64" for v in variables) else "float32",
@@ -77,7 +80,7 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     )
 
   def apply(self, grads, trainable_variables=None):
-    # The rate of this step: the base class counts the step before it returns.
+    # Read first: super().apply() increments the step, and with it the schedule's rate.
     learning_rate = self.learning_rate
     super().apply(grads, trainable_variables)
     if len(grads) > 0:
@@ -85,24 +88,24 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
       self.buffer_learning_rate.assign(scale)
 
   def momentum_correction_factor(self):
-    """η_{t+1} / η_t for the step that comes next (1 before the first, or without correction)."""
+    """Returns η_{t+1} / η_t for the next step; 1 before the first step or without correction."""
     if not (self.built and self.momentum_correction):
       return tf.ones([], keras.config.floatx())
     return self._buffer_scale(self.learning_rate, self.buffer_learning_rate.dtype)[1]
 
   def _buffer_scale(self, learning_rate, dtype):
-    """The rate that this step's buffer is scaled by, and the factor that takes the old there."""
+    """Returns (η that this step scales the buffers by, factor that rescales the old buffers)."""
     learning_rate = tf.cast(learning_rate, dtype)
     last = tf.cast(self.buffer_learning_rate, dtype)
     known = last != 0
-    # Where the rate is 0, v = 0 · u would forget u: keep the last scale (any, at the start).
+    # v = 0 · u would lose u: at a rate of 0 keep the last scale (1 if there was none yet).
     scale = tf.where(learning_rate != 0, learning_rate, tf.where(known, last, tf.ones_like(last)))
-    # Divided only where it may be: 0 / 0 must not appear even in the branch not taken.
+    # The inner tf.where avoids 0 / 0, which must not occur even in the branch that is not taken.
     factor = tf.where(known, scale / tf.where(known, last, tf.ones_like(last)), 1)
     return scale, factor
 
   def _backend_update_step(self, grads, trainable_variables, learning_rate):
-    # What depends on the rate alone is computed here, once for all variables.
+    # The coefficients depend on the rate only, so they are computed once for all variables.
     learning_rate = tf.cast(learning_rate, self.buffer_learning_rate.dtype)
     scale, factor, moves = learning_rate, 1.0, 1.0
     if self.momentum_correction:
@@ -119,10 +122,10 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     if self.momentum_correction:
       self._rescale_absent(indices, factor)
     if not tf.distribute.in_cross_replica_context():
-      # A replica's own gradients, as in `fit`: Keras sums them over the replicas (SUM, not mean).
+      # In a replica, as in `fit`, these are its own gradients; Keras sums them over the replicas.
       super()._backend_update_step(grads, trainable_variables, coefficients)
       return
-    # The caller has summed them (`step`, in one reduction with all else): only update the copies.
+    # In cross-replica context the caller has already summed them; just update each copy.
     weights = [getattr(variable, "value", variable) for variable in trainable_variables]
     buffers = [self.momentums[index].value for index in indices]
     decayed = [self._is_decayed(index) for index in indices]
@@ -133,25 +136,25 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
 
     if self.jit_compile:
       update_all = tf.function(update_all, jit_compile=True)
-    # All variables at once, per device: the first only tells on which.
+    # One call per device for all variables; weights[0] only selects the devices.
     tf.distribute.get_strategy().extended.update(
       weights[0], update_all, args=(weights, buffers, list(grads), coefficients), group=False
     )
 
   def update_step(self, gradient, variable, learning_rate):
-    """Updates one variable; `learning_rate` holds the coefficients made from it above."""
+    """Updates one variable; `learning_rate` holds `_backend_update_step`'s coefficients."""
     index = self._get_variable_index(variable)
     buffer = self.momentums[index].value
     self._update(variable, buffer, gradient, self._is_decayed(index), learning_rate)
 
   def _is_decayed(self, index: int) -> bool:
-    # By index, for a replica's copy has a name of its own ("kernel/replica_1").
+    # By index, because a replica's copy has a different name ("kernel/replica_1").
     variable = self._trainable_variables[index]
     kernel = variable.name.split(":")[0].endswith("kernel")
     return kernel and self._use_weight_decay(variable)
 
   def _rescale_absent(self, present: list[int], factor):
-    """Takes the buffers of variables that sit this step out to its rate: u stays as it is."""
+    """Rescales the buffers of variables without a gradient in this step, so that u is unchanged."""
     absent = [b.value for index, b in enumerate(self.momentums) if index not in set(present)]
     if not absent:
       return

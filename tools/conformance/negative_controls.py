@@ -171,8 +171,8 @@ MUTATIONS = (
     (
       (
         "optim/schedule",
-        "warm = reference + (peak - reference) * (step / self.warmup_steps)",
-        "warm = peak * (step / self.warmup_steps)",
+        "progress: reference + (peak - reference) * progress",
+        "progress: peak * progress",
       ),
     ),
   ),
@@ -182,8 +182,8 @@ MUTATIONS = (
     (
       (
         "optim/schedule",
-        "* (step / self.warmup_steps)",
-        "* (step // self.steps_per_epoch * self.steps_per_epoch / self.warmup_steps)",
+        "step / self.warmup_steps",
+        "step // self.steps_per_epoch * self.steps_per_epoch / self.warmup_steps",
       ),
     ),
   ),
