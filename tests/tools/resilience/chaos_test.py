@@ -1,19 +1,22 @@
-"""A few faults of a real run of two tasks; the tool itself takes many more."""
+"""One fault in a real run of two tasks, and what `chaos` does without one."""
 
 import json
+import pathlib
 import random
+import shutil
 
 from tests.launching import run_module
 from tools.resilience import chaos
+from tools.resilience.harness import LaunchedRun
 
 
-def test_two_tasks_end_with_the_untouched_runs_bytes(tmp_path):
+def test_two_tasks_reproduce_the_run_without_faults(tmp_path):
   figures = tmp_path / "figures.json"
   finished = run_module(
     "tools.resilience.chaos",
     "--faults=1",
     "--tasks=2",
-    "--seed=3",
+    "--seed=8",  # Stops a task 0.7 s after the first step.
     f"--json={figures}",
     timeout=280,
   )
@@ -25,15 +28,29 @@ def test_two_tasks_end_with_the_untouched_runs_bytes(tmp_path):
     assert fault["seconds"] > 0 and fault["restored"] <= fault["step"]
 
 
-def test_refused_in_one_line():
+def test_bad_flags_are_refused_in_one_line():
   finished = run_module("tools.resilience.chaos", "--tasks=0")
   assert finished.returncode == 1
-  assert finished.stderr == "error: '0' is no number of tasks; 1 or more would do.\n"
+  assert finished.stderr == "error: '0' is not a number of tasks; use 1 or more.\n"
+
+
+def test_the_files_of_a_failed_run_are_kept():
+  arguments = ("--faults=1", "--tasks=1", "--", "--network=no_such_network")
+  finished = run_module("tools.resilience.chaos", *arguments)
+  assert finished.returncode == 1
+  kept, error = finished.stderr.splitlines()
+  directory = pathlib.Path(kept.removeprefix("The files of the runs are in ").removesuffix("."))
+  log = directory / "undisturbed_1" / "log.txt"
+  try:
+    assert error == f"error: The run without faults ended with status 1; see {log}"
+    assert "no_such_network" in log.read_text()
+  finally:
+    shutil.rmtree(directory)
 
 
 def test_the_newest_checkpoint_is_damaged_in_every_way(tmp_path):
-  """… and no other file; where there is none, it says so."""
-  run = chaos.Run(tmp_path / "run", [])
+  """No other file changes; without a checkpoint, nothing does."""
+  run = LaunchedRun(tmp_path / "run", [])
   assert not chaos._corrupt_newest(run, random.Random(0))
   directory = run.work_dir / "checkpoints"
   directory.mkdir(parents=True)

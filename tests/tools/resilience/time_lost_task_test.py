@@ -1,7 +1,6 @@
-"""Tests of `tools.resilience.time_lost_task`: what it judges, and a real turn of two faults."""
+"""Tests of `time_lost_task`: what it judges, its network, and real trials of two faults."""
 
 import contextlib
-import json
 import math
 import os
 import pathlib
@@ -12,14 +11,15 @@ import time
 
 import pytest
 
-from tests.launching import ROOT
+from tests.launching import ROOT, run_module
 from tf_largebatch.errors import UserError
 from tools.resilience import time_lost_task
-from tools.resilience.time_lost_task import Survivor, Turn
+from tools.resilience.network import isolated_network
+from tools.resilience.time_lost_task import Survivor, Trial
 
 _LINE = (
   "error: Lost {}, which ended or cannot be reached; the last finished step is {}. "
-  "The same command on all tasks goes on from the newest checkpoint."
+  "Run the same command on all tasks to resume from the newest checkpoint."
 )
 _ONE = "task 1 (b:2)"
 
@@ -31,32 +31,40 @@ _ONE = "task 1 (b:2)"
     (_LINE.format("task 1 (b:2) and task 12 ([::1]:3)", 0), ({1: "b:2", 12: "[::1]:3"}, 0)),
     (_LINE.format("task x (b:2)", 20), None),
     (_LINE.format(_ONE, 20).removeprefix("error: "), None),
-    (_LINE.format(_ONE, 20).partition(". The")[0], None),
+    (_LINE.format(_ONE, 20).partition(". Run")[0], None),
     ("error: Lost task 1 (b:2), which ended or cannot be reached; training had not begun.", None),
     ("", None),
   ],
 )
-def test_reads_what_a_survivor_says(line, expected):
-  assert time_lost_task.lost_in(line) == expected
+def test_parses_the_report_of_a_survivor(line, expected):
+  assert time_lost_task.parse_report(line) == expected
 
 
 @pytest.mark.parametrize(
   "survivor, named, problems",
   [
     (Survivor(0, 1.0, 138, _LINE.format(_ONE, 20)), True, []),
-    # The chief alone writes metrics.jsonl; another may be a step ahead of it, or behind.
-    (Survivor(0, 1.0, 138, _LINE.format(_ONE, 21)), True, ["says that step 21 was the last"]),
+    # Only the chief writes metrics.jsonl; other tasks may be one step ahead or behind.
+    (Survivor(0, 1.0, 138, _LINE.format(_ONE, 21)), True, ["names step 21 as the last"]),
     (Survivor(2, 1.0, 138, _LINE.format(_ONE, 21)), True, []),
-    (Survivor(2, 1.0, 138, _LINE.format(_ONE, 18)), True, ["says that step 18 was the last"]),
+    (Survivor(2, 1.0, 138, _LINE.format(_ONE, 18)), True, ["names step 18 as the last"]),
     (Survivor(0, 1.0, 1, _LINE.format(_ONE, 20)), True, ["ended with status 1, not 138"]),
-    (Survivor(0, 1.0, -6, "Aborted"), False, ["status -6", "named no lost task"]),
-    (Survivor(0, None, None, ""), False, ["did not end in 60 s", "named no lost task"]),
-    (Survivor(0, 1.0, 138, _LINE.format("task 2 (c:3)", 20)), False, ["named no lost task"]),
-    (Survivor(0, 1.0, 138, _LINE.format("task 1 (c:3)", 20)), False, ["named no lost task"]),
+    (Survivor(0, 1.0, -6, "Aborted"), False, ["status -6", "did not name the lost"]),
+    (Survivor(0, None, None, ""), False, ["did not end in 60 s", "did not name the lost"]),
+    (
+      Survivor(0, 1.0, 138, _LINE.format("task 2 (c:3)", 20)),
+      False,
+      ["did not name the lost"],
+    ),
+    (
+      Survivor(0, 1.0, 138, _LINE.format("task 1 (c:3)", 20)),
+      False,
+      ["did not name the lost"],
+    ),
     (
       Survivor(0, 1.0, 138, _LINE.format("task 1 (b:2) and task 2 (c:3)", 20)),
       False,
-      ["named no lost task"],
+      ["did not name the lost"],
     ),
   ],
 )
@@ -64,40 +72,29 @@ def test_judges_a_survivor(survivor, named, problems):
   time_lost_task.judge(survivor, {1: "b:2"}, 60.0, last_step=20)
   assert survivor.named == named
   assert len(survivor.problems) == len(problems)
-  for told, problem in zip(survivor.problems, problems, strict=True):
-    assert problem in told
-
-
-def test_the_last_step_is_that_of_the_last_whole_line(tmp_path):
-  assert time_lost_task.last_step_in(tmp_path) == 0
-  lines = [json.dumps({"kind": "train", "step": step}) + "\n" for step in (1, 2)]
-  (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"kind": "train", "st')
-  assert time_lost_task.last_step_in(tmp_path) == 2
+  for found, expected in zip(survivor.problems, problems, strict=True):
+    assert expected in found
 
 
 def test_summarises_by_fault():
   ended = [Survivor(1, seconds, 138, "", named=True) for seconds in (1.0, 2.0, 9.0)]
-  turns = [Turn("stop", 0, 5, ended[:1]), Turn("kill", 0, 5, ended[1:]), Turn("stop", 1, 5, [])]
-  stop, kill = time_lost_task.summarise(turns)
+  trials = [
+    Trial("stop", 0, 5, ended[:1]),
+    Trial("kill", 0, 5, ended[1:]),
+    Trial("stop", 1, 5, []),
+  ]
+  stop, kill = time_lost_task.summarise(trials)
   assert stop == {
-    "fault": "stop", "turns": 2, "survivors": 1, "median": 1.0, "worst": 1.0, "named": 1
+    "fault": "stop", "trials": 2, "survivors": 1, "median": 1.0, "worst": 1.0, "named": 1
   }  # fmt: skip
-  assert (kill["turns"], kill["median"], kill["worst"], kill["named"]) == (1, 5.5, 9.0, 2)
-  (hung,) = time_lost_task.summarise([Turn("cut", 0, 5, [*ended, Survivor(0, None, None, "")])])
+  assert (kill["trials"], kill["median"], kill["worst"], kill["named"]) == (1, 5.5, 9.0, 2)
+  (hung,) = time_lost_task.summarise([Trial("cut", 0, 5, [*ended, Survivor(0, None, None, "")])])
   assert hung["worst"] == math.inf and hung["named"] == 3
-  (none,) = time_lost_task.summarise([Turn("kill", 0, problems=["did not start"])])
+  (none,) = time_lost_task.summarise([Trial("kill", 0, problems=["did not start"])])
   assert none["survivors"] == 0 and math.isnan(none["worst"])
 
 
-def _tool(*arguments, path=None):
-  return subprocess.Popen(
-    [sys.executable, "-m", "tools.resilience.time_lost_task", *arguments],
-    cwd=ROOT,
-    env={**os.environ, **({"PATH": str(path)} if path else {})},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+_MODULE = "tools.resilience.time_lost_task"
 
 
 @pytest.mark.parametrize(
@@ -109,25 +106,21 @@ def _tool(*arguments, path=None):
   ],
 )
 def test_bad_input_is_one_line(arguments, line):
-  tool = _tool(*arguments)
-  stdout, stderr = tool.communicate(timeout=30)
-  assert (tool.returncode, stdout) == (1, "")
-  assert stderr.startswith(line) and stderr.count("\n") == 1
+  finished = run_module(_MODULE, *arguments, timeout=30)
+  assert (finished.returncode, finished.stdout) == (1, "")
+  assert finished.stderr.startswith(line) and finished.stderr.count("\n") == 1
 
 
 def test_cut_without_the_programs_is_refused_at_once(tmp_path):
-  (tmp_path / "setpriv").write_text("#!/bin/false\n")
-  (tmp_path / "setpriv").chmod(0o755)
-  tool = _tool(path=tmp_path)
-  stdout, stderr = tool.communicate(timeout=30)
-  assert (tool.returncode, stdout) == (1, "")
-  assert stderr.startswith("error: --faults=cut needs ip, unshare, nsenter (iproute2, util-linux)")
-  assert stderr.count("\n") == 1
+  finished = run_module(_MODULE, env={**os.environ, "PATH": str(tmp_path)}, timeout=30)
+  assert (finished.returncode, finished.stdout) == (1, "")
+  expected = "error: --faults=cut needs ip, unshare, nsenter (iproute2, util-linux)"
+  assert finished.stderr.startswith(expected) and finished.stderr.count("\n") == 1
 
 
-def _cables(num_tasks=2):
-  """Namespaces, or a skipped test where they cannot be made."""
-  context = time_lost_task.cables(num_tasks)
+def _enter_network(num_tasks=2):
+  """Enters an isolated network; skips the test where it cannot be created."""
+  context = isolated_network(num_tasks)
   try:
     return context, context.__enter__()
   except UserError as error:
@@ -135,15 +128,15 @@ def _cables(num_tasks=2):
 
 
 def _namespaces(pids=None):
-  """The network namespaces of these processes, or of all."""
+  """Returns the network namespaces of these processes, or of all."""
   found = set()
   for pid in pids or [path.name for path in pathlib.Path("/proc").glob("[0-9]*")]:
-    with contextlib.suppress(OSError):  # It ended meanwhile.
+    with contextlib.suppress(OSError):  # The process ended meanwhile.
       found.add(os.readlink(f"/proc/{pid}/ns/net"))
   return found
 
 
-# Sends a byte a moment each way until it is told to end; tells how many came, and any error.
+# Exchanges bytes with the other side and prints how many arrive, and the carrier; or "silence".
 _TALK = """
 import socket, sys, time
 mine, other = sys.argv[1:]
@@ -170,8 +163,8 @@ with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
 
 
 def test_a_cut_is_silent():
-  context, (addresses, inside, cut) = _cables()
-  hosts = [address.partition(":")[0] for address in addresses]
+  context, network = _enter_network()
+  hosts = [address.partition(":")[0] for address in network.addresses]
   talkers = [
     subprocess.Popen(
       [*prefix, sys.executable, "-c", _TALK, *arguments],
@@ -179,18 +172,18 @@ def test_a_cut_is_silent():
       stderr=subprocess.STDOUT,
       text=True,
     )
-    for prefix, arguments in zip(inside, (hosts, hosts[::-1]), strict=True)
+    for prefix, arguments in zip(network.prefixes, (hosts, hosts[::-1]), strict=True)
   ]
   try:
     for talker in talkers:
       lines = [talker.stdout.readline() for _ in range(10)]
       assert any(line == "1 1\n" for line in lines), lines
-    # Not before: a talker is in its namespace only once its prefix has run.
+    # Only now: a talker enters its namespace when its prefix has run.
     made = _namespaces([talker.pid for talker in talkers]) - _namespaces(["self"])
-    cut(1)
+    network.disconnect(1)
     time.sleep(1.0)
     for talker in talkers:
-      talker.kill()  # It still sends: neither end was told anything.
+      talker.kill()  # It still sends, because neither side was notified.
       *_, last = talker.stdout.read().splitlines()
       assert last == "silence"
       assert talker.wait() == -signal.SIGKILL
@@ -204,13 +197,13 @@ def test_a_cut_is_silent():
 
 
 @pytest.mark.parametrize("fault, victim", [("kill", 0), ("cut", 1)])
-def test_a_real_turn(fault, victim):
+def test_a_real_trial(fault, victim):
   if fault == "cut":
-    _cables()[0].__exit__(None, None, None)
-  turn = time_lost_task.time_turn(fault, victim, first_step=3)
-  assert turn.problems == []
-  assert [survivor.rank for survivor in turn.survivors] == ([0, 1] if fault == "cut" else [1])
-  for survivor in turn.survivors:
+    _enter_network()[0].__exit__(None, None, None)
+  trial = time_lost_task.time_trial(fault, victim, first_step=3)
+  assert trial.problems == []
+  assert [survivor.rank for survivor in trial.survivors] == ([0, 1] if fault == "cut" else [1])
+  for survivor in trial.survivors:
     assert survivor.problems == []
     assert survivor.named and survivor.status == 138 and survivor.seconds < 60
 
@@ -219,11 +212,17 @@ def test_a_real_turn(fault, victim):
 def test_a_signal_leaves_nothing_behind(number):
   faults = "cut"
   try:
-    with time_lost_task.cables(1):
+    with isolated_network(1):
       pass
   except UserError:
-    faults = "kill"  # No namespaces here, but processes.
-  tool = _tool(f"--faults={faults}")
+    faults = "kill"  # Namespaces cannot be created here; test the processes alone.
+  tool = subprocess.Popen(
+    [sys.executable, "-m", _MODULE, f"--faults={faults}"],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   try:
     children = pathlib.Path(f"/proc/{tool.pid}/task/{tool.pid}/children")
     deadline, tasks = time.monotonic() + 30, []
