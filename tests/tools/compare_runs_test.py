@@ -1,4 +1,4 @@
-"""Tests of `tools.compare_runs`, on small work directories with known curves."""
+"""Tests of `tools.compare_runs` on small work directories with known curves."""
 
 import json
 import os
@@ -13,16 +13,17 @@ from tests.launching import ROOT
 from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
 from tools import compare_runs
+from tools.studies import comparison, curve_report, curves
 
 
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch):
-  """Drawing takes most of the time; the tests that look at the picture undo this."""
-  monkeypatch.setattr(compare_runs, "draw", lambda *_: b"")
+  """Skips drawing, which takes most of the time; the tests of the picture undo this."""
+  monkeypatch.setattr(curve_report, "draw", lambda *_: b"")
 
 
 def _make_run(root, name, validation, training=None, complete=True, **recipe):
-  """A work directory; each epoch has two train records, the first of three quarters of it."""
+  """Makes a work directory; each epoch has two training records, the first over 3/4 of it."""
   training = validation if training is None else training
   fields = {"workers": 8, "epochs": len(validation), "warmup": "none", **recipe}
   work_dir = root / name
@@ -49,7 +50,7 @@ def _compare(root, *work_dirs, tolerance=0.01, baseline=None):
 
 
 def _verdict(tmp_path, differences, **options):
-  """Words and numbers for a group that differs so, in points, from a baseline of 30 %."""
+  """Compares a group that differs by these points from a baseline of 30 %."""
   base = _make_run(tmp_path, "base", [0.3] * len(differences))
   other = [0.3 + each / 100 for each in differences]
   other = _make_run(tmp_path, "other", other, workers=16, **options)
@@ -68,7 +69,7 @@ def test_training_error_is_the_mean_over_the_steps_of_a_whole_epoch():
     {"kind": "train", "epoch": 2.5, "error": 0.1},  # The epoch is not over.
   ]
   # (4 x 0.8 + 2 x 0.6 + 2 x 0.4) / 8 and (1 x 0.3 + 3 x 0.1) / 4.
-  assert compare_runs.training_curve(records) == pytest.approx({1: 0.65, 2: 0.15})
+  assert curves.training_curve(records) == pytest.approx({1: 0.65, 2: 0.15})
 
 
 def test_final_error_is_the_median_of_the_last_five_epochs(tmp_path):
@@ -94,7 +95,7 @@ def test_groups_final_error_is_mean_and_sample_standard_deviation(tmp_path):
   # ((3² + 1² + 4²) / 2)^½ = 13^½; over 3 it would be 2.94.
   assert final == pytest.approx({"mean": 0.23, "standard_deviation": 0.0360555, "seeds": 3})
   assert "23.00 ± 3.61 %" in text
-  assert "one recipe only" in text
+  assert "All runs have one recipe" in text
   assert "±" not in _compare(tmp_path, runs[0])[0]
 
 
@@ -110,7 +111,7 @@ def test_groups_final_error_is_of_complete_runs_alone(tmp_path):
 
 
 def test_the_band_is_two_standard_errors_of_the_difference():
-  band = compare_runs.seeds_band
+  band = comparison.seeds_band
   # Variances 2e-4 and 8e-4: 2 (2e-4 / 2 + 8e-4 / 2)^½.
   assert band([0.20, 0.22], [0.30, 0.34]) == pytest.approx(0.04472136)
   # One seed borrows the other's variance, 0.01: 2 (0.01 / 3 + 0.01 / 1)^½.
@@ -131,7 +132,7 @@ def test_the_band_is_two_standard_errors_of_the_difference():
     ([5, 4, 1.01, 1.01], "never matches", None, "never matches its baseline kn 256 (k=8): its "
      "validation error is above by at least 1.01 points (1.01 at epoch 4; tolerance 1)."),
     ([-5, -4], "never matches", None, "is below by at least 4.00 points (4.00 at epoch 2;"),
-    ([-5, 4], "never matches", None, "is now above, now below, by at least 4.00 points"),
+    ([-5, 4], "never matches", None, "sometimes above, sometimes below, by at least 4.00 points"),
     ([0, 1, 14.2, 3], "leaves", None, "leaves its baseline kn 256 (k=8): its validation error "
      "matched through epoch 2, and from epoch 3 on is above by up to 14.20 points (3.00 at epoch"),
     ([0, -3], "leaves", None, "matched through epoch 1, and at epoch 2 is below by "
@@ -187,7 +188,7 @@ def test_a_mean_is_over_the_seeds_that_have_the_epoch(tmp_path):
   assert [each["seeds"] for each in curve] == [2, 1]
 
 
-def test_training_and_validation_may_tell_different_things(tmp_path):
+def test_training_and_validation_may_disagree(tmp_path):
   base = _make_run(tmp_path, "base", [0.3, 0.2])
   other = _make_run(tmp_path, "other", [0.4, 0.3], [0.3, 0.2], workers=16)
   text, _ = _compare(tmp_path, base, other)
@@ -222,12 +223,12 @@ def test_groups_are_recipes_but_for_the_seed_labelled_by_what_differs(tmp_path):
   assert labels == ["decay_epochs=0.5,0.75, momentum=0.0", "decay_epochs=30,60,80, momentum=0.9"]
 
 
-def test_what_was_compared_of_a_run_that_goes_on(tmp_path):
+def test_what_was_compared_of_a_run_that_still_trains(tmp_path):
   base = _make_run(tmp_path, "base", [0.6, 0.5, 0.4, 0.3])
   running = {"epochs": 4, "complete": False, "warmup": "gradual"}
   warm = _make_run(tmp_path, "warm", [0.7, 0.6], workers=16, warmup_epochs=2.0, **running)
   text, numbers = _compare(tmp_path, base, warm)
-  assert "Only epochs 1 to 2 could be compared, of 4." in text
+  assert "Only epochs 1 to 2 of 4 could be compared." in text
   assert "That is within the warmup (2 epochs), during which curves may differ." in text
   assert f"Note: {warm} is incomplete: epoch 2 of 4." in text
   assert "Final error" not in text
@@ -240,7 +241,7 @@ def test_what_was_compared_of_a_run_that_goes_on(tmp_path):
   assert "within the warmup" not in _compare(tmp_path, base, small)[0]
 
 
-def test_final_errors_of_complete_runs_are_told(tmp_path):
+def test_final_errors_of_complete_runs_are_stated(tmp_path):
   text, _ = _verdict(tmp_path, [0, 2])
   assert "Final error 31.00 % against 30.00 %." in text
 
@@ -287,12 +288,12 @@ def _without_recipe(root):
 def _with_torn_recipe(root):
   path = root / "base" / "recipe.json"
   path.write_text(path.read_text()[:40])
-  return "recipe.json is no recipe of a run (Unterminated string"
+  return "recipe.json is not the recipe of a run (Unterminated string"
 
 
 def _with_empty_recipe(root):
   (root / "base" / "recipe.json").write_text('{"recipe": {"warmup": "none"}}')
-  return "recipe.json is no recipe of a run (workers is not chosen yet"
+  return "recipe.json is not the recipe of a run (workers is not chosen yet"
 
 
 def _with_foreign_recipe(root):
@@ -302,7 +303,7 @@ def _with_foreign_recipe(root):
 
 def _with_torn_result(root):
   (root / "base" / "result.json").write_text("[]")
-  return "result.json is no result of a run"
+  return "result.json is not the result of a run"
 
 
 def _without_metrics(root):
@@ -310,7 +311,7 @@ def _without_metrics(root):
   return "has no metrics.jsonl"
 
 
-def _with_metrics_that_are_no_text(root):
+def _with_metrics_that_are_not_text(root):
   (root / "base" / "metrics.jsonl").write_bytes(b"\xff\xfe\x00")
   return "metrics.jsonl cannot be read"
 
@@ -325,7 +326,7 @@ def _with_a_damaged_line(root):
 def _with_nan(root):
   path = root / "base" / "metrics.jsonl"
   path.write_text(path.read_text().replace('"error": 0.5}', '"error": NaN}'))
-  return "metrics.jsonl line 3: error is nan, no finite number"
+  return "metrics.jsonl line 3: error is nan, not a finite number"
 
 
 def _with_an_epoch_that_is_text(root):
@@ -350,7 +351,7 @@ def _before_the_first_evaluation(root):
     _with_foreign_recipe,
     _with_torn_result,
     _without_metrics,
-    _with_metrics_that_are_no_text,
+    _with_metrics_that_are_not_text,
     _with_a_damaged_line,
     _with_nan,
     _with_an_epoch_that_is_text,
@@ -368,16 +369,16 @@ def test_damaged_runs_are_refused_in_one_line(tmp_path, damage):
   assert not (tmp_path / "out").exists()
 
 
-def test_arguments_that_will_not_do_are_refused(tmp_path):
+def test_invalid_arguments_are_refused(tmp_path):
   base = _make_run(tmp_path, "base", [0.5])
   twin = _make_run(tmp_path, "twin", [0.5])
   nowhere = str(tmp_path / "nowhere")
   for arguments, options, message in (
     ((), {}, "No run was given"),
-    ((base, nowhere), {}, f"{nowhere} is no directory"),
+    ((base, nowhere), {}, f"{nowhere} is not a directory"),
     ((base, f"{base}/"), {}, "are the same run twice (recipe and seed 0)"),
     ((base, twin), {}, f"{base} and {twin} are the same run twice"),
-    ((base,), {"baseline": twin}, f"--baseline={twin} is none of the runs; name one of {base}."),
+    ((base,), {"baseline": twin}, f"--baseline={twin} is not one of the runs; give one of {base}."),
     ((base,), {"tolerance": 1.0}, "--tolerance=1.0 is refused"),
     ((base,), {"tolerance": -0.1}, "--tolerance=-0.1 is refused"),
     ((base,), {"tolerance": float("nan")}, "--tolerance=nan is refused"),
@@ -387,7 +388,7 @@ def test_arguments_that_will_not_do_are_refused(tmp_path):
   assert not (tmp_path / "out").exists()
 
 
-def test_the_last_line_of_a_run_that_goes_on_may_be_half_written(tmp_path):
+def test_the_last_line_of_a_run_that_still_trains_may_be_half_written(tmp_path):
   base = _make_run(tmp_path, "base", [0.5], epochs=2, complete=False)
   with open(tmp_path / "base" / "metrics.jsonl", "a") as file:
     file.write('{"kind": "train", "st')
@@ -401,7 +402,7 @@ def test_an_output_directory_that_cannot_be_written_is_refused(tmp_path):
   base = _make_run(tmp_path, "base", [0.5])
   (tmp_path / "file").write_text("")
   for output_dir in ("file", "file/below"):
-    with pytest.raises(UserError, match=f"{output_dir} cannot be written .*; name one that can"):
+    with pytest.raises(UserError, match=f"{output_dir} cannot be written .*; give another"):
       compare_runs.compare_runs([base], str(tmp_path / output_dir), 0.01, None)
   # A file that cannot be replaced stays as it is, and nothing partial is left beside it.
   (tmp_path / "out" / "compare_runs.png").mkdir(parents=True)
@@ -431,10 +432,10 @@ def test_program_prints_the_verdict(tmp_path):
   assert done.stdout.startswith(words)
   assert done.stdout.endswith("Curves: compare_runs/compare_runs.png, .html and .json\n")
   assert (tmp_path / "compare_runs" / "compare_runs.png").exists()
-  assert base not in done.stdout  # It is named as it was given.
+  assert base not in done.stdout  # Paths are printed as they were given.
 
 
-def test_program_tells_a_mistake_in_one_line_before_anything_is_imported(tmp_path):
+def test_program_reports_a_mistake_in_one_line_before_anything_is_imported(tmp_path):
   done = _run_program(str(tmp_path))
   assert done.returncode == 1
   assert done.stderr == f"error: {tmp_path} has no recipe.json; give the --work_dir of a run.\n"

@@ -1,4 +1,4 @@
-"""Tests of `tools.replication`, on made-up results."""
+"""Tests of `tools.replication` on made-up results."""
 
 import itertools
 import json
@@ -15,10 +15,12 @@ from tests.launching import ROOT
 from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
 from tools import replication
+from tools.studies import claims, figures, post_hoc, verdicts
+from tools.studies.results import read_groups
 
 _KN = "fashion_mnist_kn"
 _SCATTER = (0.0, 0.001, -0.001, 0.0005, -0.0005)
-# Errors of made-up groups: stem → (warmup, correction, mean error, seeds).
+# Made-up groups: stem → (warmup, correction, mean error, seeds).
 _GROUPS = {
   **{f"{_KN}{16 * 2**i}": ("gradual", True, 0.100, 5) for i in range(6)},
   **{f"{_KN}1024": ("gradual", True, 0.112, 3), f"{_KN}2048": ("gradual", True, 0.130, 3)},
@@ -50,7 +52,7 @@ def _recipe(stem, warmup="gradual", correction=True, seed=0):
 
 
 def _write(root, run, stem, error, study="table1", name=None, **changes):
-  """The file of a run of a recipe as tools.study leaves it; changes replace top-level fields."""
+  """Writes a run's result file as tools.study does; changes replace top-level fields."""
   early = {False: 1.0, True: 1.0 + run.global_batch_size / 1000}[run.warmup == "none"]
   curve = {e: error + 0.4 * early / e**2 - 0.4 / _EPOCHS**2 for e in range(1, _EPOCHS + 1)}
   data = {
@@ -91,8 +93,12 @@ def _write_all(root, groups):
   return root
 
 
+def _read(root):
+  return claims.arrange(read_groups(str(root)))
+
+
 def _verdicts(root):
-  return {c.key: c.verdict for c in replication.decide(replication.read_groups(str(root)))}
+  return {claim.key: claim.verdict for claim in claims.decide(_read(root))}
 
 
 # What R's t.test(x, y) gives, by Rosetta Code's "Welch's t-test": p = 0.010751561149785.
@@ -100,7 +106,7 @@ _X, _Y = [3.0, 4.0, 1.0, 2.1], [490.2, 340.0, 433.9]
 
 
 def _spread(difference, half, seeds=(5, 3)):
-  """Two samples whose 90 % Welch interval is difference ± half; the formula again, by hand."""
+  """Returns two samples whose 90 % Welch interval is difference ± half, by Welch's formula."""
   first, second = ([float(i - (n - 1) / 2) for i in range(n)] for n in seeds)
   a, b = (sum(x * x for x in each) / (len(each) - 1) / len(each) for each in (first, second))
   degrees = (a + b) ** 2 / (a * a / (len(first) - 1) + b * b / (len(second) - 1))
@@ -109,16 +115,16 @@ def _spread(difference, half, seeds=(5, 3)):
 
 
 def _test(difference, half):
-  return replication.welch(*_spread(difference, half))
+  return verdicts.welch(*_spread(difference, half))
 
 
 def test_welch_equals_a_published_example_and_scipy():
-  test = replication.welch(_Y, _X)
+  test = verdicts.welch(_Y, _X)
   assert 2 * test.p_above() == pytest.approx(0.010751561149785, rel=1e-9)
   random = np.random.default_rng(0)
   for a, b in itertools.product((2, 3, 5), (2, 5, 7)):
     first, second = random.normal(0.1, 0.01, a), random.normal(0.1, 0.03, b)
-    test = replication.welch(list(first), list(second))
+    test = verdicts.welch(list(first), list(second))
     for margin, alternative in itertools.product((0.0, 0.005, -0.005), ("greater", "less")):
       known = stats.ttest_ind(first - margin, second, equal_var=False, alternative=alternative)
       p = {"greater": test.p_above, "less": test.p_below}[alternative](margin)
@@ -140,7 +146,7 @@ def test_welch_equals_a_published_example_and_scipy():
   ],
 )
 def test_equal(sign, difference, half, verdict):
-  assert replication.equal(_test(sign * difference, half)) == verdict
+  assert verdicts.equal(_test(sign * difference, half)) == verdict
 
 
 @pytest.mark.parametrize(
@@ -157,23 +163,23 @@ def test_equal(sign, difference, half, verdict):
   ],
 )
 def test_worse(difference, half, verdict):
-  assert replication.worse(_test(difference, half)) == verdict
+  assert verdicts.worse(_test(difference, half)) == verdict
 
 
 def test_worse_by_more_than_delta():
-  assert replication.worse_by_delta(_test(0.0151, 0.01))
-  assert not replication.worse_by_delta(_test(0.0149, 0.01))
+  assert verdicts.worse_by_delta(_test(0.0151, 0.01))
+  assert not verdicts.worse_by_delta(_test(0.0149, 0.01))
 
 
 def test_without_scatter_no_test_is_possible():
-  assert replication.welch([0.9] * 3, [0.1] * 5) is None
-  assert replication.welch([0.9] * 3, [0.1, 0.1, 0.2]).p_above() < 0.01
-  assert replication.equal(None) == replication.worse(None) == "not decidable at this scale"
-  assert not replication.worse_by_delta(None)
+  assert verdicts.welch([0.9] * 3, [0.1] * 5) is None
+  assert verdicts.welch([0.9] * 3, [0.1, 0.1, 0.2]).p_above() < 0.01
+  assert verdicts.equal(None) == verdicts.worse(None) == "not decidable at this scale"
+  assert not verdicts.worse_by_delta(None)
 
 
 def _sweep(root, means, seeds=3):
-  """Groups of the sweep with these mean errors, the baseline first; returns the verdicts."""
+  """Writes a sweep with these mean errors, the baseline first; returns the verdicts."""
   for i, mean in enumerate(means):
     for seed in range(seeds):
       stem = f"{_KN}{16 * 2**i}"
@@ -184,7 +190,7 @@ def _sweep(root, means, seeds=3):
 @pytest.mark.parametrize(
   "above, verdicts, ends",
   [
-    # Error above the baseline's in points; those of 64 times the baseline's and more behind "|".
+    # Errors minus the baseline's, in points; "|" separates those from 64 times the minibatch on.
     ("0 0 0 0 0 | 1 2 3", "reproduced, reproduced, reproduced", (512, 1024)),
     ("0 0 0 0 0 | 0 0 0", "reproduced, not reproduced, not decidable", (4096, None)),
     ("0 0 0 0 0 | 0 0 3", "reproduced, reproduced, not decidable", (2048, 4096)),
@@ -202,8 +208,8 @@ def test_the_sweep_and_its_break(tmp_path, above, verdicts, ends):
   found = _sweep(tmp_path, means)
   expected = verdicts.replace("decidable", "decidable at this scale").split(", ")
   assert [found[key] for key in ("d1", "d2", "d3")] == expected
-  groups = replication.read_groups(str(tmp_path))
-  largest, smallest = replication.find_break(list(groups.values()))
+  groups = _read(tmp_path)
+  largest, smallest = claims.find_break(list(groups.values()))
   assert (largest.kn, smallest and smallest.kn) == ends
 
 
@@ -212,34 +218,36 @@ def test_beyond_the_break_without_scatter_nothing_is_decided(tmp_path):
   _write_all(tmp_path, {stem: group for stem, group in _GROUPS.items() if stem not in ended})
   for stem, seed in itertools.product(ended, range(3)):
     _write(tmp_path, _recipe(stem, seed=seed), stem, 0.9)
-  for seed in range(3):  # As the baseline, so that the break comes after it.
+  for seed in range(3):  # Equal to the baseline, so that the break comes after it.
     _write(tmp_path, _recipe(f"{_KN}1024", seed=seed), f"{_KN}1024", 0.1 + _SCATTER[seed])
-  assert _verdicts(tmp_path)["d3"] == replication.NOT_DECIDABLE
+  assert _verdicts(tmp_path)["d3"] == verdicts.NOT_DECIDABLE
 
 
-def test_holm_by_hand():
-  # 4 · 0.01, 3 · 0.02, then 2 · 0.025 and 1 · 0.04, which are less than what came before.
-  adjusted = replication._holm({"c": 0.025, "a": 0.01, "d": 0.04, "b": 0.02})
+def test_holm():
+  # 4 · 0.01, 3 · 0.02, then 2 · 0.025 and 1 · 0.04, which are less than the value before them.
+  adjusted = verdicts.holm({"c": 0.025, "a": 0.01, "d": 0.04, "b": 0.02})
   assert adjusted == pytest.approx({"a": 0.04, "b": 0.06, "c": 0.06, "d": 0.06})
-  assert replication._holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+  assert verdicts.holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
 
 
-def test_what_was_asked_afterwards(tmp_path):
+def test_post_hoc_analyses(tmp_path):
   results = _write_all(tmp_path, _GROUPS)
-  (text,) = replication._afterwards(replication.read_groups(str(results)))
+  text = post_hoc.to_markdown(_read(results))
   lines = text.splitlines()
-  assert lines[0].startswith("**Asked afterwards**") and lines[1] == ""
-  # All five of the one above all five of the other: 1 of the 10! / 5! 5! = 252 orders, of five p.
-  assert "a2 0.000 and 0.020 (0.004 alone)" in lines[2]
+  assert lines[0].startswith("**Post-hoc analyses**") and lines[1] == ""
+  # All five of one group are above all five of the other, 1 of the 10! / (5! 5!) = 252 orders; Holm
+  # multiplies it by 5.
+  assert "a2 0.000 and 0.020 (0.004)" in lines[2]
   seeds = [0.1 + each for each in _SCATTER[1:]]
   test = stats.ttest_ind(seeds, seeds, equal_var=False).confidence_interval(0.9)
-  told = f"- Without the pilots' seed 0, a1: +0.00 [{100 * test.low:+.2f}, {100 * test.high:+.2f}]"
-  assert lines[3].startswith(told)
-  assert "- None up to kn 512 (32 times the baseline's) is worse than the baseline by δ" in text
+  interval = f"[{100 * test.low:+.2f}, {100 * test.high:+.2f}]"
+  expected = f"- Without seed 0, which the pilot runs used, a1: +0.00 {interval}"
+  assert lines[3].startswith(expected)
+  assert "- No minibatch up to kn 512 (32 times the baseline's) is worse than the baseline" in text
   assert "The whole interval" not in text
   lower = {**_GROUPS, f"{_KN}64": ("gradual", True, 0.09, 3)}
-  (text,) = replication._afterwards(replication.read_groups(str(_write_all(tmp_path / "2", lower))))
-  assert text.endswith("- The whole interval is below the baseline's error for kn 64.")
+  text = post_hoc.to_markdown(_read(_write_all(tmp_path / "2", lower)))
+  assert text.endswith("- The whole interval of the difference is below 0 for kn 64.")
 
 
 def test_what_is_missing_is_pending(tmp_path):
@@ -257,9 +265,9 @@ def test_a_diverged_run_counts_as_chance_and_has_no_matching_curve(tmp_path):
   assert _verdicts(tmp_path)["a5"] == "reproduced"
   stem = f"{_KN}512"
   _write(tmp_path, _recipe(stem, seed=4), stem, 0.1, **_DIVERGED)
-  group = replication.read_groups(str(tmp_path))[stem]
+  group = _read(tmp_path)[stem]
   assert group.errors[4] == 0.9
-  assert group.told == "26.01 ± 35.77 % (5 seeds, 1 diverged, counted as 90 %)"
+  assert group.summary == "26.01 ± 35.77 % (5 seeds, 1 diverged, counted as 90 %)"
   found = _verdicts(tmp_path)
   assert found["a5"] == "not reproduced"
   assert found["a1"] == found["a2"] == "not decidable at this scale"
@@ -296,7 +304,7 @@ def test_the_known_number(tmp_path, error, verdict):
     ({"validation_error": {"one": 0.5}}, "validation_error has an epoch 'one'"),
     ({"validation_error": None}, "validation_error is None"),
     ({"recipe": None}, "recipe is None"),
-    ({"recipe": {"epoch": 3}}, "recipe will not do"),
+    ({"recipe": {"epoch": 3}}, "recipe is invalid ("),
     ({"status": "cut off"}, "status is 'cut off'"),
     ({"status": "diverged"}, "reason is None"),
     ({"versions": {"python": "3"}}, "versions.tensorflow is None"),
@@ -307,7 +315,7 @@ def test_the_known_number(tmp_path, error, verdict):
 def test_a_wrong_field_is_named(tmp_path, changes, message):
   path = _write(tmp_path, _recipe(f"{_KN}16"), f"{_KN}16", 0.1, **changes)
   with pytest.raises(UserError) as error:
-    replication.read_groups(str(tmp_path))
+    _read(tmp_path)
   assert str(error.value).startswith(f"{path}: {message}")
 
 
@@ -316,15 +324,17 @@ def test_groups_hold_runs_of_one_recipe_each_once(tmp_path):
   first = _write(tmp_path, _recipe(stem), stem, 0.1, study="a")
   again = _write(tmp_path, _recipe(stem), stem, 0.1, study="b")
   with pytest.raises(UserError, match=f"{first} and {again} are the same run"):
-    replication.read_groups(str(tmp_path))
+    _read(tmp_path)
   again = _write(tmp_path, _recipe(stem, "none", seed=1), stem, 0.1, study="b", name=again.name)
-  with pytest.raises(UserError, match=f"{first} and {again} differ in more than the seed"):
-    replication.read_groups(str(tmp_path))
+  with pytest.raises(
+    UserError, match=f"{first} and {again} have the same flagfile, but their recipes differ"
+  ):
+    _read(tmp_path)
   _write(tmp_path, _recipe(stem, seed=1), stem, 0.1, study="b", name=again.name)
-  assert [r.run.recipe.seed for r in replication.read_groups(str(tmp_path))[stem].results] == [0, 1]
+  assert [r.run.recipe.seed for r in _read(tmp_path)[stem].results] == [0, 1]
   other = _write(tmp_path, _recipe(f"{_KN}128"), f"{_KN}64", 0.1)
   with pytest.raises(UserError, match=f"{other}: kn is 128, not 4 times the baseline's"):
-    replication.read_groups(str(tmp_path))
+    _read(tmp_path)
 
 
 def test_report_and_pictures(tmp_path, monkeypatch):
@@ -332,8 +342,8 @@ def test_report_and_pictures(tmp_path, monkeypatch):
   replication.replicate(results, str(tmp_path / "one/report.md"))
   # Drawing takes most of the time: the second report draws one picture again.
   drawn = {path.stem: path.read_bytes() for path in (tmp_path / "one/report").iterdir()}
-  again = replication._draw_figure_1(replication.read_groups(results))
-  monkeypatch.setattr(replication, "draw", lambda _: {**drawn, "figure1": again})
+  again = figures.draw_figure_1(_read(results))
+  monkeypatch.setattr(figures, "draw", lambda _: {**drawn, "figure1": again})
   replication.replicate(results, str(tmp_path / "two/report.md"))
   report = (tmp_path / "one/report.md").read_text()
   rows = [line.split(" | ") for line in report.splitlines() if line.startswith("| **")]
@@ -342,9 +352,9 @@ def test_report_and_pictures(tmp_path, monkeypatch):
     **dict.fromkeys(("a1", "a2", "a3", "a4", "a5", "d1", "d2", "d3", "f2", "e"), "reproduced"),
     "f1": "not reproduced",
   }
-  assert replication.__doc__[replication.__doc__.index("equal(A, B)") :].strip() in report
-  assert "ours lies in (512, 1024], that is (32, 64] times the baseline's" in report
-  assert "resnet20 on fashion_mnist (60000 training images of 28×28), n = 16" in report
+  assert claims.__doc__[claims.__doc__.index("equal(A, B)") :].strip() in report
+  assert "our break lies in (512, 1024], that is (32, 64] times the baseline's" in report
+  assert "resnet20 on fashion_mnist (60000 training images of 28×28) with n = 16" in report
   assert "kn = 512, the peak rate is 3.2 (" in report
   assert "| table1/fashion_mnist_kn64_seed1.json | 10.10 % | 100 | `0123456789ab` |" in report
   pictures = ("correction", "figure1", "figure3", "known_number", "table1")
@@ -358,10 +368,10 @@ def test_report_and_pictures(tmp_path, monkeypatch):
       assert f"]({name})" in report
       picture = image.imread(tmp_path / "one" / name)
       assert picture.shape[1] >= 1200
-      assert 0.02 < np.mean(picture[..., :3].min(axis=2) < 0.9) < 0.5  # Neither blank nor full.
+      assert 0.02 < np.mean(picture[..., :3].min(axis=2) < 0.9) < 0.5  # Neither blank nor filled.
 
 
-def test_program_tells_a_damaged_file_in_one_line_and_writes_nothing(tmp_path):
+def test_a_damaged_file_gets_one_line_and_nothing_is_written(tmp_path):
   path = _write(tmp_path, _recipe(f"{_KN}16"), f"{_KN}16", 0.1)
   path.write_text(path.read_text()[:-9])
   done = subprocess.run(
@@ -384,7 +394,7 @@ def test_program_tells_a_damaged_file_in_one_line_and_writes_nothing(tmp_path):
 
 
 def test_output_that_cannot_be_written(tmp_path, monkeypatch):
-  monkeypatch.setattr(replication, "draw", lambda groups: {"figure1": b""})
+  monkeypatch.setattr(figures, "draw", lambda groups: {"figure1": b""})
   _write(tmp_path / "results", _recipe(f"{_KN}16"), f"{_KN}16", 0.1)
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match=r"--output=.* cannot be written"):

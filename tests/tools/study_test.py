@@ -1,4 +1,4 @@
-"""Tests of `tools.study`, on runs of seconds and on made-up results."""
+"""Tests of `tools.study` on runs of seconds and on made-up results."""
 
 import dataclasses
 import json
@@ -15,7 +15,10 @@ from absl import flags
 from tests.launching import ROOT, SMALL, suspend
 from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
-from tools import study
+from tools import program, study
+from tools.studies import run_files, scheduler
+from tools.studies.plan import read_study
+from tools.studies.scheduler import ActiveRun, Scheduler
 
 _STUDIES = pathlib.Path(ROOT) / "tools" / "studies"
 
@@ -27,7 +30,7 @@ def _flags_are_parsed():
 
 
 def _make_study(root, text='seeds = 2\nflags = ["--log_every_steps=2"]', flag_lines=SMALL, head=""):
-  """The path of a study of one flagfile."""
+  """Writes a study of one flagfile and returns its path."""
   recipe = [line for line in flag_lines if "every" not in line and "evaluation" not in line]
   (root / "small.flags").write_text("\n".join(["--epochs=3", *recipe]) + "\n")
   path = root / "tiny.toml"
@@ -61,15 +64,15 @@ def _results(root):
 
 
 def _wait_for_epoch(work_dir, epoch, process):
-  """Until the run has come so far; the study must be at work all the while."""
+  """Waits until the run has trained so far, while the study must keep running."""
   deadline = time.monotonic() + 90
-  while study._epochs(work_dir) < epoch:
+  while run_files.finished_epochs(work_dir) < epoch:
     assert time.monotonic() < deadline and process.poll() is None, work_dir
     time.sleep(0.05)
 
 
 def test_interrupted_twice_is_the_same(tmp_path):
-  """Once by SIGTERM, once by SIGKILL to the study alone, after which the run saves, too."""
+  """A SIGTERM, then a SIGKILL to the study alone, after which its run saves too."""
   whole, cut = tmp_path / "whole", tmp_path / "cut"
   epochs = 24
   for root in (whole, cut):
@@ -91,21 +94,21 @@ def test_interrupted_twice_is_the_same(tmp_path):
       process.send_signal(number)
       status, output = _finish(process)
       assert status == (143 if number == signal.SIGTERM else -9), output
-      assert ("goes on from epoch " if seen else "small_seed0 begins.") in output
-      # A run that outlives the study saves, too; until it has, it holds the work directory.
+      assert ("continues from epoch " if seen else "small_seed0 begins.") in output
+      # A run that outlives the study saves too; until then it holds the work directory.
       deadline = time.monotonic() + 60
       while log.read_text().count("Stopped (SIGTERM)") <= len(seen):
         assert time.monotonic() < deadline, log.read_text()[-2000:]
         time.sleep(0.1)
-      suspend(untouched, 1.1)  # The study alone, for longer than its waits; its run goes on.
-      seen.append(study._epochs(work_dir))
+      suspend(untouched, 1.1)  # The study alone, for longer than its waits; its run continues.
+      seen.append(run_files.finished_epochs(work_dir))
       assert not _results(cut)
     for process in (start(path, cut), untouched):
       status, output = _finish(process)
       assert status == 0, output
   finally:
     for process in started:
-      process.kill()  # Which ends its run, too.
+      process.kill()  # This ends its run too.
   assert 2 <= seen[0] < 10 <= seen[1] < epochs
   assert "Continuing from" in log.read_text()
   (ours,), (theirs,) = (list(_results(root).values()) for root in (cut, whole))
@@ -115,7 +118,7 @@ def test_interrupted_twice_is_the_same(tmp_path):
     assert ours[name] == theirs[name], name
   assert ours["recipe"]["seed"] == 0 and ours["status"] == "complete"
   assert ours["hardware"]["cores"] == len(os.sched_getaffinity(0)) and ours["hardware"]["cpu"]
-  # What is there is not run again.
+  # A run with a result is not repeated.
   before = (work_dir.stat().st_mtime_ns, log.stat().st_size)
   status, output = _finish(_start(path, cut))
   assert status == 0 and "1 of 1 runs are complete" in output
@@ -138,17 +141,17 @@ def test_a_mistake_ends_the_study(tmp_path):
   status, output = _finish(_start(path, tmp_path))
   assert status == 1 and not _results(tmp_path)
   assert output.splitlines()[-1].startswith("error: small_seed0 ended with status 1: error: ")
-  assert "--workers_per_pass=0 is refused" in output
+  assert "workers_per_pass=0 is out of range" in output
 
 
 def test_order_and_shares(tmp_path):
-  """All of a seed before the next, a run of two studies once, complete ones not again."""
-  runs = [run for name in ("table1", "figure1", "correction") for run in study.read_study(name)]
+  """One seed after the other; a run of two studies once; complete runs not at all."""
+  runs = [run for name in ("table1", "figure1", "correction") for run in read_study(name)]
   done = tmp_path / "another" / "fashion_mnist_kn16_seed0.json"
   done.parent.mkdir()
   done.write_text(json.dumps({"recipe": runs[0].recipe.to_dict()}))
   assert runs[0].name == "fashion_mnist_kn16_seed0"
-  studies = study._Studies(runs, str(tmp_path / "runs"), str(tmp_path), [])
+  studies = Scheduler(runs, str(tmp_path / "runs"), str(tmp_path), [])
   waiting = studies._waiting
   seeds = [run.recipe.seed for run in waiting]
   assert seeds == sorted(seeds)
@@ -159,25 +162,25 @@ def test_order_and_shares(tmp_path):
   assert owners["fashion_mnist_kn32_seed2"] == "figure1"
 
 
-def test_what_is_left(tmp_path):
-  """18 epochs a run: kn16 takes 36 s, another 18 s; one of unknown length counts as their mean."""
-  runs = study.read_study("table1")
+def test_time_left(tmp_path):
+  """Runs of 18 epochs: kn16 takes 36 s, another 18 s; a run of unknown length counts as 27 s."""
+  runs = read_study("table1")
   for run, seconds in ((runs[0], 36.0), (runs[5], 18.0)):
     path = tmp_path / "table1" / f"{run.name}.json"
     path.parent.mkdir(exist_ok=True)
     result = {"recipe": run.recipe.to_dict(), "flagfile": run.flagfile, "seconds": seconds}
     path.write_text(json.dumps(result))
-  studies = study._Studies(runs, str(tmp_path / "runs"), str(tmp_path), [])
+  studies = Scheduler(runs, str(tmp_path / "runs"), str(tmp_path), [])
   # Four more of each of the two and ten of others: 4 * 36 + 4 * 18 + 10 * 27 s, by two at once.
   assert studies._estimate(jobs=2) == "about 04:03 left"
   assert (
-    study._Studies(runs, str(tmp_path), str(tmp_path / "no"), [])._estimate(1).startswith("what")
+    Scheduler(runs, str(tmp_path), str(tmp_path / "no"), [])._estimate(1) == "time left unknown"
   )
 
 
-def test_a_run_that_a_killed_studys_trainer_still_holds_is_begun_again(tmp_path, capsys):
-  (run,) = study.read_study(_make_study(tmp_path, "seeds = 1"))
-  studies = study._Studies([run], str(tmp_path / "runs"), str(tmp_path), [])
+def test_a_run_that_the_trainer_of_a_killed_study_still_holds_is_restarted(tmp_path, capsys):
+  (run,) = read_study(_make_study(tmp_path, "seeds = 1"))
+  studies = Scheduler([run], str(tmp_path / "runs"), str(tmp_path), [])
   log = tmp_path / "runs" / f"{run.name}.log"
   log.parent.mkdir()
   # As `training._only_run_in` has it.
@@ -186,11 +189,11 @@ def test_a_run_that_a_killed_studys_trainer_still_holds_is_begun_again(tmp_path,
   ended.wait()
   studies._waiting.clear()
   studies._starts[run.name] = 1
-  studies._end(study.Working(run, ended, 0, 0, 0.0), 1, 1)
-  assert studies._waiting == [run] and "is begun again" in capsys.readouterr().out
-  studies._starts[run.name] = study._STARTS
+  studies._end(ActiveRun(run, ended, 0, 0, 0.0), 1, 1)
+  assert studies._waiting == [run] and "is restarted" in capsys.readouterr().out
+  studies._starts[run.name] = scheduler._STARTS
   with pytest.raises(UserError, match="in use by a run"):
-    studies._end(study.Working(run, ended, 0, 0, 0.0), 1, 1)
+    studies._end(ActiveRun(run, ended, 0, 0, 0.0), 1, 1)
 
 
 def test_two_flagfiles_of_one_name_are_refused(tmp_path):
@@ -198,100 +201,99 @@ def test_two_flagfiles_of_one_name_are_refused(tmp_path):
   for folder, momentum in (("one", 0.3), ("two", 0.4)):
     (tmp_path / folder).mkdir()
     lines = (*SMALL, f"--momentum={momentum}")
-    runs += study.read_study(_make_study(tmp_path / folder, "seeds = 1", lines))
+    runs += read_study(_make_study(tmp_path / folder, "seeds = 1", lines))
   with pytest.raises(UserError, match=r"one/small.flags and .*two/small.flags"):
-    study._Studies(runs, str(tmp_path / "runs"), str(tmp_path), [])
-  study._Studies([runs[0], runs[0]], str(tmp_path / "runs"), str(tmp_path), [])
+    Scheduler(runs, str(tmp_path / "runs"), str(tmp_path), [])
+  Scheduler([runs[0], runs[0]], str(tmp_path / "runs"), str(tmp_path), [])
 
 
-def test_progress_is_told_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
-  (run,) = study.read_study(_make_study(tmp_path, "seeds = 1"))
+def test_progress_is_printed_without_a_terminal(tmp_path, monkeypatch, capsys):
+  (run,) = read_study(_make_study(tmp_path, "seeds = 1"))
   work_dir = tmp_path / "runs" / run.name
   work_dir.mkdir(parents=True)
-  studies = study._Studies([run], str(tmp_path / "runs"), str(tmp_path), [])
-  studies._working.append(study.Working(run, None, 0, 0, 0.0))
+  studies = Scheduler([run], str(tmp_path / "runs"), str(tmp_path), [])
+  studies._active.append(ActiveRun(run, None, 0, 0, 0.0))
   (work_dir / "metrics.jsonl").write_text('{"kind": "train", "epoch": 1.5}\n')
-  studies._show()
-  assert capsys.readouterr().out == ""  # Not yet time for it.
-  monkeypatch.setattr(study, "_TELL_SECONDS", 0.0)
-  studies._show()
+  studies._show_progress()
+  assert capsys.readouterr().out == ""  # It is not due yet.
+  monkeypatch.setattr(scheduler, "_PROGRESS_SECONDS", 0.0)
+  studies._show_progress()
   (line,) = capsys.readouterr().out.splitlines()
   assert line.startswith(" 50%|") and "1.5/3 epochs [" in line
 
 
 @pytest.mark.parametrize("field, value", [("workers", 7), ("epochs", 1)])
-def test_a_result_of_another_recipe_is_told(tmp_path, field, value):
-  (run,) = study.read_study(_make_study(tmp_path, "seeds = 1"))
+def test_a_result_of_another_recipe_is_refused(tmp_path, field, value):
+  (run,) = read_study(_make_study(tmp_path, "seeds = 1"))
   path = tmp_path / "results" / "tiny" / f"{run.name}.json"
   path.parent.mkdir(parents=True)
-  there = run.recipe.to_dict() | {"workers": 1}  # Chosen by the cluster, where left out.
-  path.write_text(json.dumps({"recipe": there}))
-  # k that the flagfile leaves to the cluster may be any; what it does say may not differ.
-  path.write_text(json.dumps({"recipe": there | {field: value}}))
+  recipe = run.recipe.to_dict() | {"workers": 1}  # The cluster chooses k, which is not given.
+  # k may have any value if the flagfile leaves it to the cluster; other fields may not differ.
+  path.write_text(json.dumps({"recipe": recipe | {field: value}}))
   if field == "workers":
-    assert study.find_result(run, tmp_path / "results")["recipe"]["workers"] == value
+    assert run_files.find_result(run, tmp_path / "results")["recipe"]["workers"] == value
     return
-  with pytest.raises(UserError, match=r"small_seed0.json is of another recipe than .*small.flags"):
-    study.find_result(run, tmp_path / "results")
+  with pytest.raises(UserError, match=r"small_seed0.json has another recipe than .*small.flags"):
+    run_files.find_result(run, tmp_path / "results")
 
 
-def test_a_name_is_no_pattern(tmp_path):
-  (run,) = study.read_study(_make_study(tmp_path, "seeds = 1"))
+def test_a_name_is_not_a_pattern(tmp_path):
+  (run,) = read_study(_make_study(tmp_path, "seeds = 1"))
   run = dataclasses.replace(run, flagfile="tiny [a].flags")
   path = tmp_path / "results" / "tiny" / "tiny [a]_seed0.json"
   path.parent.mkdir(parents=True)
   path.write_text(json.dumps({"recipe": run.recipe.to_dict()}))
-  assert study.find_result(run, tmp_path / "results")
+  assert run_files.find_result(run, tmp_path / "results")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"recipe": {}}', '{"recipe": {"wrong": 1}}'])
-def test_a_damaged_result_is_told(tmp_path, text):
-  (run,) = study.read_study(_make_study(tmp_path, "seeds = 1"))
+def test_a_damaged_result_is_refused(tmp_path, text):
+  (run,) = read_study(_make_study(tmp_path, "seeds = 1"))
   path = tmp_path / "results" / "tiny" / f"{run.name}.json"
   path.parent.mkdir(parents=True)
   path.write_text(text)
-  message = "is of another recipe" if text == '{"recipe": {}}' else "is no result of a run"
+  message = "has another recipe" if text == '{"recipe": {}}' else "is not the result of a run"
   with pytest.raises(UserError, match=message):
-    study.find_result(run, tmp_path / "results")
+    run_files.find_result(run, tmp_path / "results")
 
 
 @pytest.mark.parametrize(
   "text, head, message",
   [
-    ('seeds = "2"', "", "seeds = '2' is no int"),
-    ("seeds = true", "", "seeds = True is no int"),
-    ("", "", "seeds = None is no int"),
+    ('seeds = "2"', "", "seeds = '2' is not of type int"),
+    ("seeds = true", "", "seeds = True is not of type int"),
+    ("", "", "seeds = None is not of type int"),
     ("seeds = 0", "", "plans no run"),
-    ("seeds = 1\nsteps = 2", "", "steps is none of"),
-    ("seeds = 1", 'name = "x"', "name is none of"),
-    ("seeds = 1", 'flags = "--cache"', "flags = '--cache' is no list"),
+    ("seeds = 1\nsteps = 2", "", "unknown field steps"),
+    ("seeds = 1", 'name = "x"', "unknown field name"),
+    ("seeds = 1", 'flags = "--cache"', "flags = '--cache' is not of type list"),
     ("seeds = 1\nflags = [1]", "", "each must be a string"),
-    ('seeds = 1\nflags = ["--epochs=2"]', "", "epochs must stand in a flagfile"),
-    ('seeds = 1\nflags = ["x"]', "", "x must stand in a flagfile"),
+    ('seeds = 1\nflags = ["--epochs=2"]', "", "epochs belongs in a flagfile"),
+    ('seeds = 1\nflags = ["x"]', "", "x belongs in a flagfile"),
     ('seeds = 1\nflags = ["--unknown=2"]', "", "unknown"),
-    ("seeds = 1", "=", "is no study"),
+    ("seeds = 1", "=", "is not a study"),
   ],
 )
-def test_a_study_that_will_not_do(tmp_path, text, head, message):
+def test_an_invalid_study_is_refused(tmp_path, text, head, message):
   with pytest.raises(UserError, match=message):
-    study.read_study(_make_study(tmp_path, text, head=head))
+    read_study(_make_study(tmp_path, text, head=head))
 
 
-def test_names_that_are_none(tmp_path):
-  with pytest.raises(UserError, match=r"no study nothing; correction, .*table1, or the path"):
-    study.read_study("nothing")
+def test_unknown_names_are_refused(tmp_path):
+  with pytest.raises(UserError, match=r"no study nothing; give one of correction, .*or a \.toml"):
+    read_study("nothing")
   path = tmp_path / "lost.toml"
   path.write_text('[[runs]]\nflagfile = "lost.flags"\nseeds = 1\n')
   with pytest.raises(UserError, match=r"lost.flags"):
-    study.read_study(str(path))
+    read_study(str(path))
 
 
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    ([], "No study was named"),
-    (["table1", "--epochs=2"], "--epochs is not for studies"),
-    (["table1", "--work_dir=here"], "--work_dir is not for studies"),
+    ([], "No study was given"),
+    (["table1", "--epochs=2"], "--epochs is refused for studies"),
+    (["table1", "--work_dir=here"], "--work_dir is refused for studies"),
     (["table1", "--jobs=10000"], "--jobs=10000 is more than"),
   ],
 )
@@ -302,19 +304,19 @@ def test_bad_commands(tmp_path, arguments, message, capsys, monkeypatch):
   values.unparse_flags()
   try:
     left = values(["study", f"--results_dir={tmp_path}", *arguments])
-    assert study.main(left) == 1
+    assert program.call(study.main, left[1:], takes_arguments=True) == 1
   finally:
     values.unparse_flags()
     values(["study_test"])
-  told = capsys.readouterr().err.splitlines()[-1]
-  assert told.startswith("error: ") and message in told
+  line = capsys.readouterr().err.splitlines()[-1]
+  assert line.startswith("error: ") and message in line
 
 
-def test_the_studies_plan_what_they_say():
+def test_the_studies_plan_what_their_names_say():
   """Each flagfile differs from the baseline's in what its name says and in nothing else."""
   runs = {}
   for path in _STUDIES.glob("*.toml"):
-    runs |= {pathlib.Path(run.flagfile).stem: run for run in study.read_study(str(path))}
+    runs |= {pathlib.Path(run.flagfile).stem: run for run in read_study(str(path))}
   base = runs["fashion_mnist_kn16"].recipe.to_dict()
   for stem, run in runs.items():
     if not stem.startswith("fashion_mnist_kn"):
