@@ -1,41 +1,40 @@
-r"""How long a checkpoint holds training up, and how large it is.
+"""Measures how long a checkpoint delays training, and how large it is.
 
-  python -m tools.benchmark.checkpoint --network=resnet50 --image_size=224 --turns=5
+  python -m tools.benchmark.checkpoint --network=resnet50 --image_size=224 --repeats=5
 
-Takes the package's own training steps on random images: in turns a step alone, and a step right
-after a save was begun, which copies the state and leaves the rest to a thread that shares the
-cores with the step. The stall is what the two cost more than the step alone.
+Runs the package's own training steps on random images. Each repeat times a step alone, then the
+start of a save, which copies the state and leaves the writing to a thread, and the next step, which
+shares the cores with that thread. The stall is the excess of the last two over the step alone.
 """
 
 import dataclasses
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 
-from absl import app, flags
+from absl import flags
 
-from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
+from tools import program
 
 
 def define_flags():
   flags.DEFINE_string("network", "resnet50", "As in the recipe.")
-  flags.DEFINE_integer("image_size", 224, "Height and width.")
-  flags.DEFINE_integer("workers", 1, "k.")
-  flags.DEFINE_integer("per_worker_batch_size", 32, "n.")
+  flags.DEFINE_integer("image_size", 224, "Height and width in pixels.")
+  flags.DEFINE_integer("workers", 1, "k, as in the recipe.")
+  flags.DEFINE_integer("per_worker_batch_size", 32, "n, as in the recipe.")
   flags.DEFINE_string("dtype", "float32", "As in the recipe.")
-  flags.DEFINE_integer("turns", 5, "Steps of each kind.", lower_bound=1)
+  flags.DEFINE_integer("repeats", 5, "Timed steps of each kind.", lower_bound=1)
 
 
-def measure(recipe: Recipe, turns: int, directory: str) -> dict:
+def measure(recipe: Recipe, repeats: int, directory: str) -> dict:
   """The figures, in seconds and bytes, by name.
 
   Args:
     recipe: of the synthetic data set.
-    turns: steps of each kind.
+    repeats: timed steps of each kind.
     directory: for the checkpoints.
   """
   import tensorflow as tf
@@ -58,26 +57,22 @@ def measure(recipe: Recipe, turns: int, directory: str) -> dict:
   batch = next(iter(distribute_train_dataset(strategy, recipe, source, 0)))
   checkpoints = Checkpoints(directory, model, optimizer)
 
-  def timed(function) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
-
   def one_step():
     float(train_step(batch)["loss"])  # Waits for the device.
+
+  def whole_save(number: int):
+    checkpoints.save(number, 0.0)
+    checkpoints.wait()
 
   for _ in range(2):
     one_step()
   alone, beside, copies, saves = [], [], [], []
-  for turn in range(turns):
-    alone.append(timed(one_step))
-    copies.append(timed(lambda turn=turn: checkpoints.save(2 * turn + 1, 0.0)))
-    beside.append(timed(one_step))
+  for repeat in range(repeats):
+    alone.append(_seconds(one_step))
+    copies.append(_seconds(checkpoints.save, 2 * repeat + 1, 0.0))
+    beside.append(_seconds(one_step))
     checkpoints.wait()
-    began = time.perf_counter()
-    checkpoints.save(2 * turn + 2, 0.0)
-    checkpoints.wait()
-    saves.append(time.perf_counter() - began)
+    saves.append(_seconds(whole_save, 2 * repeat + 2))
   files = [os.path.join(directory, name) for name in os.listdir(directory)]
   stall = statistics.median(copies) + statistics.median(beside) - statistics.median(alone)
   return {
@@ -92,28 +87,26 @@ def measure(recipe: Recipe, turns: int, directory: str) -> dict:
   }
 
 
-def main(argv: list[str]) -> int:
+def _seconds(function, *arguments) -> float:
+  began = time.perf_counter()
+  function(*arguments)
+  return time.perf_counter() - began
+
+
+def main():
   values = flags.FLAGS
-  try:
-    if len(argv) > 1:
-      raise UserError(f"Unexpected argument {argv[1]!r}; every option is a flag, --name=value.")
-    recipe = Recipe(
-      dataset="synthetic",
-      network=values.network,
-      image_size=values.image_size,
-      workers=values.workers,
-      per_worker_batch_size=values.per_worker_batch_size,
-      dtype=values.dtype,
-    )
-    recipe = dataclasses.replace(recipe, train_split=f"train[:{recipe.global_batch_size}]")
-    with tempfile.TemporaryDirectory() as directory:
-      print(json.dumps(measure(recipe, values.turns, directory), indent=2))
-    return 0
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
+  recipe = Recipe(
+    dataset="synthetic",
+    network=values.network,
+    image_size=values.image_size,
+    workers=values.workers,
+    per_worker_batch_size=values.per_worker_batch_size,
+    dtype=values.dtype,
+  )
+  recipe = dataclasses.replace(recipe, train_split=f"train[:{recipe.global_batch_size}]")
+  with tempfile.TemporaryDirectory() as directory:
+    print(json.dumps(measure(recipe, values.repeats, directory), indent=2))
 
 
 if __name__ == "__main__":
-  define_flags()
-  app.run(main)
+  program.run(main, define_flags)

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in one go: the step beside PyTorch's, g, NCCL, real JPEGs.
+# Measures what only a GPU can show: steps compared with PyTorch's, g, NCCL, real JPEGs.
 #
 #   tools/benchmark/measure_on_gpu.sh OUT [DATA_DIR]
 #
-# OUT: folder for the figures. DATA_DIR: holds a prepared imagenet2012 (tools.datasets.make_photographs makes
-# a small one); left out, that part is. Each part has a time limit and its own log, and the next one
-# runs whatever became of it, for a lent GPU is soon gone; the exit status is that of the worst.
+# OUT: folder for the results. DATA_DIR: holds a prepared imagenet2012, such as the small one that
+# tools.datasets.make_photographs makes; without it the part on real JPEGs is left out. Each part has
+# a time limit and its own log, and runs even if the parts before it failed. Exits with the largest
+# status of any part.
 set -uo pipefail
 
-cd "$(dirname "$0")/.." || exit
+cd "$(dirname "$0")/../.." || exit
 out=${1:?usage: tools/benchmark/measure_on_gpu.sh OUT [DATA_DIR]}
 mkdir -p "$out"
 worst=0
@@ -26,7 +27,7 @@ step() {
   local name=$1
   shift
   part "$name" 420 python3 -m tools.benchmark.step --network=resnet50 --image_size=224 \
-    --turns=5 --steps=20 --json="$out/$name.json" "$@"
+    --repeats=5 --steps=20 --json="$out/$name.json" "$@"
 }
 
 part devices 120 python3 -c "
@@ -34,7 +35,7 @@ import tensorflow as tf
 print(tf.config.list_physical_devices('GPU'))
 print(tf.random.normal((512, 512)) @ tf.random.normal((512, 512)))"
 
-# NCCL under MultiWorkerMirroredStrategy: a cluster of one task starts it; the log names it.
+# A cluster of one task is enough to start NCCL under MultiWorkerMirroredStrategy; the log shows it.
 NCCL_DEBUG=INFO part nccl 120 python3 -c "
 import tensorflow as tf
 options = tf.distribute.experimental.CommunicationOptions(
