@@ -135,7 +135,7 @@ def test_a_torn_or_tampered_checkpoint_is_named_and_passed_over(tmp_path, damage
   with caplog.at_level("WARNING", logger="absl"):
     assert restore(tmp_path) == (5, 5.0)
   (record,) = caplog.records
-  assert "step-0000000020.json is not whole" in record.getMessage()
+  assert "step-0000000020.json, which is not whole" in record.getMessage()
   assert reason in record.getMessage()
 
 

@@ -3,22 +3,24 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 
 import pytest
 
 from tests.launching import ROOT, SMALL, launch
+from tools.launch_local import free_addresses
 
 FLAGS = (*SMALL, "--epochs=1")
 
 
 def test_the_binary_on_two_tasks(tmp_path):
-  finished = launch(2, "tf_largebatch.train", *FLAGS, f"--work_dir={tmp_path}")
+  # --verbosity=0 has every task log its INFO lines, not the chief alone.
+  arguments = [*FLAGS, "--verbosity=0", f"--work_dir={tmp_path}"]
+  finished = launch(2, "tf_largebatch.train", *arguments)
   assert finished.returncode == 0, finished.stdout
   result = json.loads((tmp_path / "result.json").read_text())
-  # --workers left out means one a replica: 60 // (2 · 7) steps.
+  # Without --workers there is one worker per replica: 60 // (2 · 7) steps.
   assert result["steps"] == 4
   assert json.loads((tmp_path / "recipe.json").read_text())["cluster"]["communication"] == "ring"
   digests = re.findall(r"\[task (\d)\].*weights_sha256 (\w{64})", finished.stdout)
@@ -40,12 +42,7 @@ def test_workers_that_the_tasks_do_not_divide_are_refused(tmp_path):
   "name, values", [("seed", (0, 1)), ("allreduce_dtype", ("float32", "bfloat16"))]
 )
 def test_tasks_with_different_flags_do_not_train_together(tmp_path, name, values):
-  sockets = [socket.socket() for _ in range(2)]
-  for one in sockets:
-    one.bind(("127.0.0.1", 0))
-  addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
-  for one in sockets:
-    one.close()
+  addresses = free_addresses(2)
   tasks = []
   for index in range(2):
     config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
@@ -72,10 +69,7 @@ def test_tasks_with_different_flags_do_not_train_together(tmp_path, name, values
 
 
 def test_a_task_whose_peer_never_comes_up_gives_up(tmp_path):
-  with socket.socket() as one, socket.socket() as other:
-    for each in (one, other):
-      each.bind(("127.0.0.1", 0))
-    addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in (one, other)]
+  addresses = free_addresses(2)
   config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
   finished = subprocess.run(
     [

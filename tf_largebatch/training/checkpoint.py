@@ -1,7 +1,7 @@
-"""What is saved of a run and how it comes back: each checkpoint whole, or not there at all.
+"""Checkpoints: saved as a whole or not at all, and restored from the newest whole one.
 
 step-0000000120.npz    all state after step 120
-step-0000000120.json   its manifest, written last: without it there is no checkpoint
+step-0000000120.json   its manifest, written last: without it the checkpoint does not exist
 """
 
 import concurrent.futures
@@ -28,13 +28,13 @@ _OURS = re.compile(r"step-\d{10}\.(npz|json)(\.partial)?")
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What is known of a checkpoint without reading its state.
+  """What a checkpoint holds, without its state.
 
   Attributes:
     step: steps done.
     seconds: time trained so far.
-    bytes, sha256: of the file of the state.
-    validation_error: a fraction; None where this state was not evaluated (yet).
+    bytes, sha256: size and digest of the file of the state.
+    validation_error: a fraction; None if this state was not evaluated (yet).
   """
 
   step: int
@@ -44,19 +44,20 @@ class Manifest:
   validation_error: float | None = None
 
   def to_json(self) -> str:
-    """One line, with a digest of itself."""
+    """Returns one line of JSON, with a digest of the other fields."""
     fields = dataclasses.asdict(self)
     return json.dumps(fields | {"manifest_sha256": _sha256_of_fields(fields)}) + "\n"
 
   @classmethod
   def from_json(cls, text: str) -> "Manifest":
-    """
+    """Parses what `to_json` returned.
+
     Raises:
-      ValueError: it is none, or not as it was written.
+      ValueError: the text is not a manifest, or was changed.
     """
     fields = files.parse_json(text)
     if not isinstance(fields, dict):
-      raise ValueError("no manifest")
+      raise ValueError("not a manifest")
     if fields.pop("manifest_sha256", None) != _sha256_of_fields(fields):
       raise ValueError("the manifest's own digest differs")
     try:
@@ -72,8 +73,8 @@ def _sha256_of_fields(fields: dict) -> str:
 class Checkpoints:
   """The checkpoints of a run: the last three and the best by validation error.
 
-  Only one process may save to a directory. A save copies the state and returns; a thread of its
-  own digests and writes the copy, for the next step changes the state.
+  Only one process may save to a directory. A save copies the state and returns; a thread digests
+  and writes the copy while training continues.
   """
 
   def __init__(
@@ -82,14 +83,14 @@ class Checkpoints:
     """
     Args:
       directory: made at the first save.
-      model, optimizer, loss_scale (None: none): built; what is saved and restored.
-      saves: False where another process does (`save` and so on then do nothing).
+      model, optimizer, loss_scale (may be None): built; what is saved and restored.
+      saves: False if another process saves (`save` and the like then do nothing).
     """
     self._directory = directory
     owners = {"model": model.variables, "optimizer": optimizer.variables}
     if loss_scale is not None:
       owners["loss_scale"] = loss_scale.variables
-    # By place, not by Keras' paths, which count the layers that a process has made.
+    # By index, not by Keras' paths, which count the layers that a process has made.
     self._variables = {
       f"{owner}/{index:04d}": variable
       for owner, variables in owners.items()
@@ -98,17 +99,17 @@ class Checkpoints:
     self._saves = saves
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint") if saves else None
     self._pending: concurrent.futures.Future | None = None
-    self._step: int | None = None  # Of the newest one that is saved or being saved.
+    self._step: int | None = None  # Of the newest checkpoint that is saved or being saved.
 
   def restore_newest(self) -> Manifest | None:
-    """Assigns the state of the newest whole checkpoint; others are named and passed over.
+    """Restores the newest whole checkpoint; logs the newer ones that are not whole.
 
     Returns:
-      Its manifest; None where there is no checkpoint.
+      Its manifest; None if there is no checkpoint.
 
     Raises:
-      UserError: the checkpoint belongs to another network or optimizer, or something else than a
-        directory is in the checkpoints' place.
+      UserError: the checkpoint belongs to another network or optimizer, or the path of the
+        checkpoints is not a directory.
     """
     try:
       names = _manifests(self._directory)
@@ -124,7 +125,7 @@ class Checkpoints:
         break
       except (*files.FAILURES, ValueError) as error:
         logging.warning(
-          "The checkpoint %s is not whole (%s) and passed over.", path, first_line(error)
+          "Skipping the checkpoint %s, which is not whole (%s).", path, first_line(error)
         )
     else:
       return None
@@ -132,7 +133,7 @@ class Checkpoints:
     if expected != {name: (array.shape, array.dtype.name) for name, array in arrays.items()}:
       raise UserError(
         f"The checkpoint {path} holds other variables than this recipe's network and optimizer; "
-        "it was written by another version: continue with that one, or choose another work_dir."
+        "another version wrote it: continue with that version, or choose another work_dir."
       )
     for name, variable in self._variables.items():
       variable.assign(arrays[name])
@@ -157,7 +158,7 @@ class Checkpoints:
     return self._pending is not None and not self._pending.done()
 
   def save(self, step: int, seconds: float) -> None:
-    """Begins to save the state; a failure is logged, and what was saved before stays.
+    """Starts to save the state. A failure is logged and leaves earlier checkpoints alone.
 
     Args:
       step: steps done.
@@ -166,31 +167,31 @@ class Checkpoints:
     if not self._saves or step == self._step:
       return
     self.wait()
-    # Copies, of which the step that comes next knows nothing.
+    # Copies, because the next step overwrites the variables.
     arrays = {name: np.array(variable.numpy()) for name, variable in self._variables.items()}
     self._step = step
     self._pending = self._thread.submit(self._write, step, seconds, arrays)
 
   def evaluated(self, step: int, error: float) -> None:
-    """Notes the validation error (a fraction) of the state saved after `step` steps."""
+    """Adds the validation error (a fraction) to the checkpoint of `step`."""
     if self._saves:
       self.wait()
       self._pending = self._thread.submit(self._note, step, error)
 
   def wait(self) -> None:
-    """Returns when what was begun is saved, or has failed to be."""
+    """Waits until the save under way has finished or failed."""
     if self._pending is not None:
       pending, self._pending = self._pending, None
       pending.result()
 
   def discard_from(self, step: int) -> None:
-    """Removes the checkpoints after `step` steps or more: their state proved to be no good."""
+    """Removes the checkpoints from `step` on, because their state proved to be bad."""
     if self._saves:
       self.wait()
       self._remove(name for name in _manifests(self._directory) if _step_of(name) >= step)
 
   def newest_step(self) -> int | None:
-    """Of the checkpoints that are there, whoever saved them; None: there is none."""
+    """Returns the newest checkpoint's step, whichever process saved it; None if none exists."""
     self.wait()
     names = _manifests(self._directory)
     return _step_of(names[-1]) if names else None
@@ -217,8 +218,8 @@ class Checkpoints:
     except files.FAILURES as error:
       self._step = None
       logging.error(
-        "The checkpoint of step %d cannot be saved (%s); what was saved before stays, and the run "
-        "goes on to its next save.",
+        "Cannot save the checkpoint of step %d (%s); earlier checkpoints stay, and training "
+        "continues and retries at the next checkpoint.",
         step,
         first_line(error),
       )
@@ -226,30 +227,30 @@ class Checkpoints:
   def _note(self, step: int, error: float) -> None:
     path = os.path.join(self._directory, f"step-{step:010d}.json")
     try:
-      if tf.io.gfile.exists(path):  # Else it could not be saved.
+      if tf.io.gfile.exists(path):  # Otherwise it could not be saved.
         manifest = _read_manifest(path)
         manifest = dataclasses.replace(manifest, validation_error=error)
         files.write_text(path, manifest.to_json())
         self._prune(step)
     except (*files.FAILURES, ValueError) as failure:
       logging.error(
-        "The validation error of step %d cannot be noted in %s (%s).",
+        "Cannot add the validation error of step %d to %s (%s).",
         step,
         path,
         first_line(failure),
       )
 
   def _prune(self, newest: int) -> None:
-    """Removes all but the last three and the best, and what torn saves left.
+    """Removes all but the last three checkpoints and the best, and what torn saves left.
 
-    Those past the step that was just saved go too: they were not whole when the run came back, and
-    would otherwise take the place of those that are.
+    Checkpoints past the step that was just saved go too: they were not whole when the run resumed,
+    and would count among the last three.
     """
     manifests = {}
     for name in _manifests(self._directory):
       if _step_of(name) > newest:
         continue
-      with contextlib.suppress(ValueError):  # Tampered with: as good as none.
+      with contextlib.suppress(ValueError):  # A changed manifest does not count.
         manifests[name] = _read_manifest(os.path.join(self._directory, name))
     rated = [name for name in manifests if manifests[name].validation_error is not None]
     best = min(rated, key=lambda name: manifests[name].validation_error, default=None)
@@ -263,13 +264,13 @@ class Checkpoints:
   def _remove(self, names) -> None:
     for name in list(names):
       path = os.path.join(self._directory, name)
-      tf.io.gfile.remove(path)  # First, for it says that the other is whole.
+      tf.io.gfile.remove(path)  # First, because it marks the state as whole.
       if tf.io.gfile.exists(_state_path(path)):
         tf.io.gfile.remove(_state_path(path))
 
 
 class _Digested(io.RawIOBase):
-  """A file that is written once from its beginning to its end, and its digest."""
+  """A file that is written once from start to end, with its size and digest."""
 
   def __init__(self, file):
     super().__init__()
@@ -301,7 +302,7 @@ def _step_of(manifest: str) -> int:
 
 
 def _manifests(directory: str) -> list[str]:
-  """The names of the manifests, oldest first."""
+  """Returns the names of the manifests, oldest first."""
   if not tf.io.gfile.exists(directory):
     return []
   return sorted(name for name in tf.io.gfile.listdir(directory) if _MANIFEST.fullmatch(name))

@@ -1,4 +1,4 @@
-"""Scalars of a run → TensorBoard, JSON lines, and the terminal."""
+"""Writes the scalars of a run to TensorBoard, to JSON lines and to the terminal."""
 
 import contextlib
 import itertools
@@ -22,10 +22,11 @@ _GROUPS = {"train": "train", "eval": "validation"}
 
 
 class MetricsWriter:
-  """Writes what the chief sees of a run; a context manager, which writes nothing over before.
+  """Writes a run's records; a context manager, which overwrites nothing before it is entered.
 
-  `work_dir/metrics.jsonl` has one object a line: {"kind": "train" | "eval", "step", "epoch", …}.
-  Lines past `first_step` (of a sitting that was cut off) are dropped, for they will come again.
+  `work_dir/metrics.jsonl` has one object per line: {"kind": "train" | "eval", "step", "epoch", …};
+  docs/metrics.md lists every field. Lines past `first_step` (of a session that was cut off) are
+  dropped, because these steps will be done again.
   """
 
   def __init__(
@@ -39,7 +40,7 @@ class MetricsWriter:
     """
     Args:
       work_dir: the run's directory.
-      recipe: name → value, shown as text and as TensorBoard's hyper-parameters.
+      recipe: name → value, shown in TensorBoard as text and as hyper-parameters.
       first_step: steps that are done already.
       total_steps: steps of the whole run.
       evaluated_epochs: epochs whose evaluation is done already; by default all up to first_step.
@@ -47,12 +48,12 @@ class MetricsWriter:
     self._path = os.path.join(work_dir, "metrics.jsonl")
     records = _read(self._path)
     try:
-      # The last line may have been cut off; what else is damaged is kept, though not in the way.
+      # The last line may have been cut off. A file with other damage is kept as a copy.
       if None in records[:-1]:
         kept = self._path + ".damaged"
         tf.io.gfile.copy(self._path, kept, overwrite=True)
         logging.warning(
-          "%d lines of %s are no records and left out; the file as it was is %s.",
+          "Dropped %d lines of %s that are not records; %s is a copy of the file with them.",
           records.count(None),
           self._path,
           kept,
@@ -60,7 +61,7 @@ class MetricsWriter:
       self._summaries = tf.summary.create_file_writer(os.path.join(work_dir, "tensorboard"))
     except files.FAILURES as error:
       raise UserError(
-        f"The metrics and the tensorboard in {work_dir} cannot be written ({first_line(error)}); "
+        f"The metrics and TensorBoard files in {work_dir} cannot be written ({first_line(error)}); "
         "make room there."
       ) from error
     self._records = [
@@ -71,7 +72,7 @@ class MetricsWriter:
       and (record["kind"] != "eval" or record["epoch"] <= evaluated_epochs)
     ]
     self.evaluations = [record for record in self._records if record["kind"] == "eval"]
-    self._lines = None  # Open while all records are in the file or in its buffer.
+    self._lines = None  # Open while the file or its buffer holds all records.
     self._failing = False
     with self._summaries.as_default(step=first_step):
       rows = "".join(f"\n| {name} | {value} |" for name, value in recipe.items())
@@ -97,7 +98,7 @@ class MetricsWriter:
   def train(self, step: int, epoch: float, scalars: dict[str, float]):
     """Records scalars after `step` steps, `epoch` epochs."""
     self._write("train", step, epoch, scalars)
-    if "://" not in self._path:  # An object store would write the whole file anew.
+    if "://" not in self._path:  # An object store would write the whole file again.
       self.flush()
     text = (
       f"loss {scalars['loss']:.4f}  error {scalars['error']:.2%}  "
@@ -114,8 +115,8 @@ class MetricsWriter:
     """Records an evaluation."""
     self.evaluations.append(self._write("eval", step, epoch, scalars))
     self.flush()
-    with self._telling_failure():
-      files.sync(self._path)  # The checkpoint will say that this epoch is evaluated.
+    with self._retrying_later():
+      files.sync(self._path)  # Before the checkpoint says that this epoch is evaluated.
     text = f"validation error {scalars['error']:.2%}, loss {scalars['loss']:.4f}"
     self.say(f"epoch {epoch:g}: {text} after {step} steps")
 
@@ -128,7 +129,7 @@ class MetricsWriter:
   def _write(self, kind: str, step: int, epoch: float, scalars: dict[str, float]) -> dict:
     record = {"kind": kind, "step": step, "epoch": epoch, **scalars}
     self._records.append(record)
-    with self._telling_failure():
+    with self._retrying_later():
       if self._lines is not None:
         self._lines.write(json.dumps(record) + "\n")
       with self._summaries.as_default(step=step):
@@ -137,10 +138,10 @@ class MetricsWriter:
     return record
 
   def flush(self):
-    """Sees that what was recorded lasts; a full disk is told, and tried again at the next call."""
-    with self._telling_failure():
+    """Makes the records durable; if the disk is full, logs that and retries at the next call."""
+    with self._retrying_later():
       if self._lines is None:
-        # All of it again, for nobody knows how much a failed write left.
+        # The whole file again, because a failed write may have left any part of a line.
         files.write_text(self._path, "".join(json.dumps(r) + "\n" for r in self._records))
         self._lines = tf.io.gfile.GFile(self._path, "a")
       self._lines.flush()
@@ -148,7 +149,7 @@ class MetricsWriter:
       self._failing = False
 
   @contextlib.contextmanager
-  def _telling_failure(self):
+  def _retrying_later(self):
     try:
       yield
     except files.FAILURES as error:
@@ -157,22 +158,20 @@ class MetricsWriter:
         lines.close()
       if not self._failing:
         self._failing = True
-        self.say(
-          f"The metrics cannot be written ({first_line(error)}); they will be, when they can."
-        )
+        self.say(f"Cannot write the metrics ({first_line(error)}); will retry.")
 
 
 def read_metrics(work_dir: str) -> list[dict]:
-  """The records of `metrics.jsonl`, in order; a line that is none (cut off, say) ends the list."""
+  """Reads the records of `metrics.jsonl` in order, up to the first line that is not a record."""
   records = _read(os.path.join(work_dir, "metrics.jsonl"))
   return list(itertools.takewhile(lambda record: record is not None, records))
 
 
 def _read(path: str) -> list[dict | None]:
-  """Each line's record, None where it is none.
+  """Reads each line's record, or None if the line is not a record.
 
   Raises:
-    UserError: it cannot be read, being a directory, say.
+    UserError: the file cannot be read, for example because it is a directory.
   """
   try:
     if not tf.io.gfile.exists(path):
@@ -181,7 +180,7 @@ def _read(path: str) -> list[dict | None]:
       lines = file.read().splitlines()
   except files.FAILURES as error:
     raise UserError(
-      f"The metrics {path} cannot be read ({first_line(error)}); move away what is there."
+      f"The metrics {path} cannot be read ({first_line(error)}); move that file away."
     ) from error
   return list(map(_record, lines))
 
@@ -197,5 +196,5 @@ def _record(line: bytes) -> dict | None:
 
 
 def _hparam(value):
-  """TensorBoard's hyper-parameters are booleans, numbers and strings."""
+  """Converts a value to what TensorBoard accepts as a hyper-parameter."""
   return value if isinstance(value, (bool, int, float, str)) else str(value)
