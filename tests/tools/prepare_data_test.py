@@ -1,10 +1,8 @@
-"""Tests of `tools.prepare_data`: no test asks the network."""
+"""Tests of `tools.prepare_data`, which never use the network."""
 
 import io
 import os
 import re
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
@@ -12,12 +10,11 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tests.launching import ROOT
+from tests.launching import run_module
 
 
 def _run(data_dir, *arguments):
-  command = [sys.executable, "-m", "tools.prepare_data", f"--data_dir={data_dir}", *arguments]
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+  return run_module("tools.prepare_data", f"--data_dir={data_dir}", *arguments)
 
 
 def _tar(files):
@@ -51,7 +48,7 @@ def _refusal(result):
   return result.stderr
 
 
-def test_prepares_from_the_official_tars_and_says_what_is_there(data_dir):
+def test_prepares_from_the_official_tars_and_describes_the_result(data_dir):
   result = _run(data_dir, "imagenet2012", "--file_format=array_record")
   directory = data_dir / "imagenet2012" / "5.1.0"
   size = sum(path.stat().st_size for path in directory.iterdir()) / 2**10
@@ -72,7 +69,7 @@ def test_prepares_from_the_official_tars_and_says_what_is_there(data_dir):
   assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
 
 
-def test_mistakes_are_told_in_one_line(tmp_path):
+def test_mistakes_are_reported_on_one_line(tmp_path):
   assert "No data set was named" in _refusal(_run(tmp_path))
   assert "did you mean imagenet2012 " in _refusal(_run(tmp_path, "imagenet201"))
   assert "did you mean imagenet2012 " in _refusal(_run(tmp_path, "imagenet"))

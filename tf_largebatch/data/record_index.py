@@ -1,7 +1,7 @@
-"""Where each record of a data set's TFRecord shards lies, found once and kept.
+"""The offset of each record in a data set's TFRecord shards, found once and kept.
 
-A TFRecord file has no table of its records: each says how long it is. Reading those lengths once
-gives random access to any record from then on, for 8 bytes of memory a record.
+A TFRecord file has no table of its records, but each record begins with its length. Reading those
+lengths once gives random access to any record from then on, for 8 bytes of memory per record.
 """
 
 import concurrent.futures
@@ -18,9 +18,9 @@ import tqdm
 from absl import logging
 
 from tf_largebatch import files
-from tf_largebatch.errors import UserError, first_line
+from tf_largebatch.errors import UserError, summary
 
-# A record: its length (uint64, little-endian), a CRC of these 8 bytes, the data, a CRC of them.
+# A record: its length (uint64, little-endian), a CRC of these 8 bytes, the data, the data's CRC.
 _HEADER = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
 _FOOTER_BYTES = _CRC.size
@@ -30,29 +30,29 @@ _THREADS = 16  # Reading headers waits for the disk or the network, not for a co
 def record_offsets(
   filenames: Sequence[str], counts: Sequence[int], index_dir: str | None
 ) -> list[np.ndarray]:
-  """Byte offsets of the records of each shard, from `index_dir` or else from the shards.
+  """Returns the byte offsets of the records of each shard, from `index_dir` or from the shards.
 
-  What was saved counts only for the same shards, by name and size.
+  A saved index is used only if the names and sizes of the shards are the same.
 
   Args:
-    filenames: the shards; any path that `tf.io.gfile` takes.
-    counts: how many records the data set says that each has.
-    index_dir: where indices are saved, made if missing; None: nowhere.
+    filenames: the shards, paths that `tf.io.gfile` supports.
+    counts: how many records each shard has according to the data set.
+    index_dir: where indices are saved, created if missing; None: nowhere.
 
   Returns:
-    int64 `[records + 1]` a shard: where each record begins, and where the last one ends.
+    int64 `[records + 1]` per shard: where each record begins, and where the last one ends.
 
   Raises:
-    UserError: a shard is missing, cut off, damaged or has another number of records.
+    UserError: a shard is missing, truncated or damaged, or has the wrong number of records.
   """
   filenames = [os.fspath(name) for name in filenames]
-  # Absolute, for index_dir is shared by all that the user runs, wherever from.
+  # Absolute, because all of the user's runs share index_dir, whatever directory they start in.
   filenames = [name if "://" in name else os.path.abspath(name) for name in filenames]
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
     sizes = np.array(list(threads.map(_size, filenames)), np.int64)
   path, offsets = None, None
   if index_dir is not None:
-    # A name of its own for each set of shards: splits and slices do not overwrite each other's.
+    # Each set of shards has its own file, so that splits and slices do not overwrite each other's.
     digest = hashlib.sha256("\n".join(filenames).encode()).hexdigest()
     path = os.path.join(index_dir, f"{digest[:32]}.npz")
     offsets = _load(path, filenames, sizes)
@@ -77,14 +77,14 @@ def _size(filename: str) -> int:
     return found.length
   except files.FAILURES as error:
     raise UserError(
-      f"{filename}, a shard of the data set, cannot be read ({first_line(error)}); put it back, "
+      f"{filename}, a shard of the data set, cannot be read ({summary(error)}); put it back, "
       "or prepare the data set again."
     ) from error
 
 
 def _scan(filenames: list[str], sizes: np.ndarray) -> list[np.ndarray]:
   """Reads the headers of all records of all shards, several shards at once."""
-  logging.info("Indexing %d shards, once.", len(filenames))
+  logging.info("Indexing %d shards; this happens once.", len(filenames))
   progress = tqdm.tqdm(total=len(filenames), desc="Indexing", unit="shard", disable=None)
   with progress, concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
     futures = [
@@ -101,9 +101,9 @@ def _scan(filenames: list[str], sizes: np.ndarray) -> list[np.ndarray]:
 
 
 def _scan_shard(filename: str, size: int) -> np.ndarray:
-  """The offsets of one shard's records; every header's CRC is checked."""
+  """Returns the offsets of a shard's records, after checking the CRC of every header."""
   offset, offsets, headers = 0, [], []
-  # Local files without a buffer, which would read on past each header, and so the whole file.
+  # Local files are unbuffered: a buffer would read past each header, and so the whole file.
   remote = "://" in filename
   with tf.io.gfile.GFile(filename, "rb") if remote else open(filename, "rb", 0) as file:
     while offset < size:
@@ -114,7 +114,7 @@ def _scan_shard(filename: str, size: int) -> np.ndarray:
       offsets.append(offset)
       headers.append(header)
       offset += _HEADER.size + _HEADER.unpack(header)[0] + _FOOTER_BYTES
-  # First, for a wrong length leads astray.
+  # Checked first, because after a wrong length all offsets are wrong.
   _check_headers(filename, offsets, headers)
   if offset != size:
     raise UserError(
@@ -125,22 +125,22 @@ def _scan_shard(filename: str, size: int) -> np.ndarray:
 
 
 def record_data(content: bytes) -> bytes:
-  """The data of a record, given all of its bytes.
+  """Returns the data of a record, given all of its bytes.
 
   Raises:
-    ValueError: they are no whole record.
+    ValueError: the bytes are not exactly one intact record.
   """
   end = len(content) - _FOOTER_BYTES
   header, data, footer = content[: _HEADER.size], content[_HEADER.size : end], content[end:]
   if end < _HEADER.size or _HEADER.unpack(header) != (len(data), _masked(header[:8])):
     raise ValueError("no record begins or ends there: the file has changed since it was indexed")
   if footer != _CRC.pack(_masked(data)):
-    raise ValueError("its record is corrupted, for its CRC is wrong")
+    raise ValueError("its record is corrupted: its CRC is wrong")
   return data
 
 
 def _masked(data: bytes) -> int:
-  """TFRecord's CRC: CRC-32C, rotated and shifted by a constant (TensorFlow's `crc32c.h`)."""
+  """Returns TFRecord's CRC: a CRC-32C, rotated, plus a constant (TensorFlow's `crc32c.h`)."""
   crc = google_crc32c.value(data)
   return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -155,7 +155,7 @@ def _check_headers(filename: str, offsets: list[int], headers: list[bytes]):
 
 
 def _load(path: str, filenames: list[str], sizes: np.ndarray) -> list[np.ndarray] | None:
-  """The saved offsets, or None where there are none of these shards as they are now."""
+  """Returns the saved offsets, or None if there are none for the shards as they are now."""
   try:
     if not tf.io.gfile.exists(path):
       return None
@@ -165,10 +165,10 @@ def _load(path: str, filenames: list[str], sizes: np.ndarray) -> list[np.ndarray
     ends = np.cumsum(saved["counts"])
     if same and ends[-1] == len(saved["offsets"]):
       return np.split(saved["offsets"], ends[:-1])
-  except Exception as error:  # Whatever is wrong with the file, it can be made anew.
-    logging.warning("The index %s cannot be read (%s).", path, first_line(error))
+  except Exception as error:  # Whatever is wrong with the file, it can be rebuilt.
+    logging.warning("The index %s cannot be read (%s) and is rebuilt.", path, summary(error))
     return None
-  logging.info("The shards have changed since %s was made.", path)
+  logging.info("The shards have changed since the index %s was built.", path)
   return None
 
 
@@ -178,11 +178,11 @@ def _save(path: str, filenames: list[str], sizes: np.ndarray, offsets: list[np.n
   np.savez(
     content, filenames=filenames, sizes=sizes, counts=counts, offsets=np.concatenate(offsets)
   )
-  # Under a name of its own first: several tasks may save the same index at once.
+  # The partial file has a unique name, because several tasks may save the same index at once.
   suffix = f".{os.getpid()}.{os.urandom(4).hex()}.partial"
   try:
     tf.io.gfile.makedirs(os.path.dirname(path))
     with files.replacing(path, "wb", suffix) as file:
       file.write(content.getvalue())
   except files.FAILURES as error:
-    logging.warning("The index cannot be saved, and will be made again: %s", first_line(error))
+    logging.warning("The index cannot be saved and will be rebuilt next time: %s", summary(error))

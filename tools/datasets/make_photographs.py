@@ -1,22 +1,22 @@
-"""Makes a small stand-in for ImageNet out of real photographs, as the two official tars.
+"""Makes a small stand-in for ImageNet from real photographs, in the form of the two official tars.
 
   python -m tools.datasets.make_photographs --data_dir=data
   python -m tools.prepare_data imagenet2012 --data_dir=data
 
-TensorFlow Datasets (TFDS) prepares `imagenet2012` from them as from the true ones, so everything
-after the registration at image-net.org can be tried, tested and timed without it. The photographs
-are those of two Debian packages (25, about 62 MB to fetch, nothing is installed) or your own
-(`--photographs=DIR`).
+TensorFlow Datasets (TFDS) prepares `imagenet2012` from them as from the real ones, so everything
+that follows the registration at image-net.org can be tried, tested and timed without it. The
+photographs come from two Debian packages (25 photographs, a download of about 62 MB, nothing is
+installed) or from your own folder (`--photographs=DIR`).
 
 Every image is a random crop of a photograph. Class c shows photograph c mod (number of
-photographs), so there is something to learn: which photograph, never which of its classes. Most
-images are 500×375 or 375×500 JPEGs of ImageNet's mean size, about 115 kB. As in ImageNet, a few are
-not: a PNG named .JPEG and 22 CMYK JPEGs (under the names that TFDS knows and repairs), and, of all
-images, 1 % each are grey, very small (80×60), or turned with an EXIF orientation that tells how,
-and 0.1 % are large (1600×1200).
+photographs), so a network can learn which photograph it sees, but not which of the photograph's
+classes. Most images are 500×375 or 375×500 JPEGs of ImageNet's mean size, about 115 kB. As in
+ImageNet, a few are not: a PNG named .JPEG and 22 CMYK JPEGs (under the names that TFDS knows and
+repairs). Of all images, 1 % each are grey, very small (80×60), or rotated with an EXIF orientation
+that records the rotation, and 0.1 % are large (1600×1200).
 
-The same photographs, flags and versions of Pillow and NumPy make the same tars, byte by byte. Those
-that exist are never overwritten.
+The same photographs, flags and versions of Pillow and NumPy make the same tars, byte for byte.
+Existing tars are never overwritten.
 """
 
 import concurrent.futures
@@ -28,7 +28,6 @@ import itertools
 import os
 import pathlib
 import signal
-import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -36,12 +35,13 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
-from absl import app, flags
+from absl import flags
 from PIL import ExifTags, Image, ImageOps
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder
 
-from tf_largebatch.data import preparation
-from tf_largebatch.errors import UserError
+from tf_largebatch.errors import UserError, summary
+from tools import program
+from tools.datasets import mirrors
 
 _TRAIN_TAR, _VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
@@ -49,7 +49,7 @@ _DEBIAN_PACKAGES = ("lomiri-wallpapers-16.04", "mate-backgrounds")
 _DEBIAN_FOLDERS = ("usr/share/backgrounds", "usr/share/backgrounds/mate/nature")
 _NO_PHOTOGRAPHS = ("analogpattern", "umang")  # A pattern and a drawing.
 
-# Images that TFDS repairs, by name.
+# Images that TFDS repairs: synset → (name, kind).
 _REPAIRED = {
   name.partition("_")[0]: (name, kind)
   for kind, names in (
@@ -58,12 +58,12 @@ _REPAIRED = {
   )
   for name in names
 }
-# The other odd ones: image i if i mod period is the remainder. The periods are prime to the number
-# of classes, or else all odd images would be of the same classes; the remainders are the first
-# after the repaired images, so that few images hold all kinds.
+# The other odd images: kind → (period, remainder) of their numbers. The periods and the number of
+# classes have no common factor, or else all odd images would belong to the same classes. The
+# remainders follow the repaired images, so that a small number of images contains every kind.
 _ODD = {"grey": (97, 23), "small": (97, 24), "large": (997, 25), "turned": (97, 26)}
 _LONG_SIDE = {"small": 80, "large": 1600}
-# Without chroma subsampling, as most of ImageNet; weighted for ImageNet's mean size.
+# Without chroma subsampling, like most of ImageNet; the weights give ImageNet's mean size.
 _QUALITIES = {95: 0.05, 96: 0.05, 97: 0.2, 98: 0.25, 99: 0.45}
 # EXIF orientations that cameras write, and what the camera did to the upright picture.
 _TURNS = {
@@ -75,7 +75,7 @@ _TURNS = {
 
 @dataclasses.dataclass(frozen=True)
 class _Image:
-  """All that decides an image."""
+  """Everything that determines an image."""
 
   name: str
   synset: str
@@ -85,18 +85,18 @@ class _Image:
 
 
 def _lines(name: str) -> list[str]:
-  """The lines of a file that the builder `imagenet2012` reads."""
+  """Returns the lines of a file that the builder `imagenet2012` reads."""
   return tfds.core.tfds_path(f"datasets/imagenet2012/{name}").read_text().split()
 
 
 def _kind(number: int) -> str:
-  """What is odd about an image that TFDS does not repair."""
+  """Returns what is odd about an image that TFDS does not repair."""
   odd = (kind for kind, (period, rest) in _ODD.items() if number % period == rest)
   return next(odd, "plain")
 
 
 def _train_images(count: int, photographs: list[pathlib.Path], seed: int) -> list[_Image]:
-  """Images of all classes in turn; the first of some are those that TFDS repairs."""
+  """Returns images of all classes in rotation; those that TFDS repairs come first."""
   labels = {synset: label for label, synset in enumerate(_lines("labels.txt"))}
   synsets = [*_REPAIRED, *(synset for synset in labels if synset not in _REPAIRED)]
   images = []
@@ -110,7 +110,7 @@ def _train_images(count: int, photographs: list[pathlib.Path], seed: int) -> lis
 
 
 def _validation_images(count: int, photographs: list[pathlib.Path], seed: int) -> list[_Image]:
-  """Images of the classes that TFDS's file of labels gives them."""
+  """Returns images of the classes that TFDS's file of labels assigns to them."""
   labels = {synset: label for label, synset in enumerate(_lines("labels.txt"))}
   images = []
   for number, synset in enumerate(_lines("validation_labels.txt")[:count], start=1):
@@ -126,11 +126,13 @@ def _read(photograph: pathlib.Path) -> Image.Image:
     with Image.open(photograph) as image:
       return ImageOps.exif_transpose(image).convert("RGB")
   except (OSError, Image.DecompressionBombError) as error:
-    raise UserError(f"Cannot read the photograph {str(photograph)!r}: {error}.") from error
+    raise UserError(
+      f"Cannot read the photograph {str(photograph)!r} ({summary(error)}); remove or replace it."
+    ) from error
 
 
 def _encode(image: _Image) -> bytes:
-  """Returns the image file: a crop of the photograph, 600 to 1600 pixels long where it can be."""
+  """Returns the image file: a crop 600 to 1600 pixels long, less if the photograph is small."""
   rng = np.random.default_rng(image.seed)
   photograph = _read(image.photograph)
   shape = (3, 4) if rng.random() < 0.25 else (4, 3)
@@ -168,7 +170,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _write_train_tar(path: pathlib.Path, files: Iterable[tuple[_Image, bytes]]) -> None:
-  """Writes a tar of a tar for each class; the files come sorted by class."""
+  """Writes a tar that contains a tar for each class; the files must be sorted by class."""
   with tarfile.open(path, "w") as outer:
     for synset, members in itertools.groupby(files, lambda file: file[0].synset):
       with io.BytesIO() as buffer:
@@ -186,10 +188,10 @@ def _write_validation_tar(path: pathlib.Path, files: Iterable[tuple[_Image, byte
 
 @contextlib.contextmanager
 def _start_workers() -> Iterator[concurrent.futures.Executor]:
-  """Yields a process for each core; none of them goes on when the caller fails."""
+  """Yields one process per core; they all end when the caller fails."""
   workers = concurrent.futures.ProcessPoolExecutor(
     len(os.sched_getaffinity(0)),
-    # Ctrl-C reaches this process too, which ends them.
+    # Ctrl-C also reaches this process, which ends them.
     initializer=signal.signal,
     initargs=(signal.SIGINT, signal.SIG_IGN),
   )
@@ -215,30 +217,32 @@ def _find_photographs(folder: pathlib.Path) -> list[pathlib.Path]:
   """Returns the images in a folder, sorted by name.
 
   Raises:
-    UserError: there is no such folder, or no image in it.
+    UserError: the folder does not exist or contains no image.
   """
   try:
     paths = sorted(folder.iterdir())
   except OSError as error:
-    raise UserError(f"Cannot read the folder {str(folder)!r}: {error.strerror}.") from error
+    raise UserError(
+      f"Cannot read the folder {str(folder)!r} ({error.strerror}); name another."
+    ) from error
   found = []
   for path in paths:
-    # A folder, no image, or one of more pixels than Pillow thinks safe.
+    # Skips folders, files that are not images, and images with more pixels than Pillow thinks safe.
     with contextlib.suppress(OSError, Image.DecompressionBombError):
       Image.open(path).close()
       found.append(path)
   if not found:
-    raise UserError(f"There is no image in the folder {str(folder)!r}.")
+    raise UserError(f"There is no image in the folder {str(folder)!r}; name another.")
   return found
 
 
 def _fetch_photographs(directory: pathlib.Path) -> list[pathlib.Path]:
   """Unpacks the Debian packages into `directory` and returns the photographs in them."""
   try:
-    preparation.unpack_debian_packages(_DEBIAN_PACKAGES, directory)
+    mirrors.unpack_debian_packages(_DEBIAN_PACKAGES, directory)
   except UserError as error:
     raise UserError(
-      f"Cannot fetch the photographs of Debian ({error}); give your own by --photographs=DIR."
+      f"Cannot fetch Debian's photographs ({error}); give your own with --photographs=DIR."
     ) from error
   found = [path for name in _DEBIAN_FOLDERS for path in _find_photographs(directory / name)]
   return [path for path in found if not path.name.startswith(_NO_PHOTOGRAPHS)]
@@ -251,7 +255,7 @@ def _make(
   validation_images: int,
   seed: int,
 ) -> str:
-  """Makes the tars in `manual_dir`, both or none, and returns a line about them.
+  """Makes both tars in `manual_dir`, or neither, and returns a line about them.
 
   Raises:
     UserError: one of the tars exists, `manual_dir` cannot be written, or the photographs cannot be
@@ -278,49 +282,46 @@ def _make(
       for name in (_TRAIN_TAR, _VALIDATION_TAR):
         (scratch / name).rename(manual_dir / name)
   except OSError as error:
-    raise UserError(f"Cannot write to {str(manual_dir)!r}: {error.strerror}.") from error
+    raise UserError(
+      f"Cannot write to {str(manual_dir)!r} ({error.strerror}); name another --data_dir."
+    ) from error
   return (
     f"{manual_dir}: {train_images} training and {validation_images} validation images, crops of "
-    f"{len(photographs)} photographs, {np.mean(sizes) / 1000:.1f} kB each in the mean"
+    f"{len(photographs)} photographs, {np.mean(sizes) / 1000:.1f} kB each on average"
   )
 
 
-def main(argv: list[str]) -> int:
+def main() -> None:
   values = flags.FLAGS
-  try:
-    if len(argv) > 1:
-      raise UserError(f"Unexpected argument {argv[1]!r}; every option is a flag, --name=value.")
-    manual_dir = pathlib.Path(values.data_dir).expanduser() / "downloads" / "manual"
-    folder = values.photographs
-    folder = None if folder is None else pathlib.Path(folder).expanduser()
-    print(_make(manual_dir, folder, values.train_images, values.validation_images, values.seed))
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  return 0
+  manual_dir = pathlib.Path(values.data_dir).expanduser() / "downloads" / "manual"
+  folder = values.photographs
+  folder = None if folder is None else pathlib.Path(folder).expanduser()
+  print(_make(manual_dir, folder, values.train_images, values.validation_images, values.seed))
 
 
-def define_flags():
-  """Not at the module's top, so that it can be imported beside other programs."""
+def define_flags() -> None:
   flags.DEFINE_string(
     "data_dir",
     "~/tensorflow_datasets",
     "Directory of the prepared data sets (TFDS); the tars go to downloads/manual in it.",
   )
   flags.DEFINE_string(
-    "photographs", None, "Folder of photographs to use; left out, those of two Debian packages."
+    "photographs",
+    None,
+    "Folder with the photographs to use. Default: the photographs of two Debian packages.",
   )
   flags.DEFINE_integer("train_images", 5000, "Number of training images.", lower_bound=1)
   flags.DEFINE_integer(
     "validation_images",
     500,
-    "Number of validation images; TFDS knows the labels of 50000.",
+    "Number of validation images, at most the 50000 whose labels TFDS knows.",
     lower_bound=1,
     upper_bound=50_000,
   )
-  flags.DEFINE_integer("seed", 0, "Decides crops, shapes and qualities.", lower_bound=0)
+  flags.DEFINE_integer(
+    "seed", 0, "Seed of the crops, the shapes and the JPEG qualities.", lower_bound=0
+  )
 
 
 if __name__ == "__main__":
-  define_flags()
-  app.run(main)
+  program.run(main, define_flags)

@@ -1,4 +1,4 @@
-"""Tests of `tools.datasets.make_photographs` with photographs of our own, offline."""
+"""Tests of `tools.datasets.make_photographs` with computed photographs, offline."""
 
 import collections
 import io
@@ -15,26 +15,25 @@ import tensorflow_datasets as tfds
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
 from tests.launching import ROOT
-from tf_largebatch.data import preparation
 from tf_largebatch.errors import UserError
-from tools.datasets import make_photographs
+from tools.datasets import make_photographs, mirrors
 
-# One process takes all of them, for what they share takes long to make.
+# One process runs all of them, because what they share takes long to make.
 pytestmark = pytest.mark.xdist_group("make_photographs")
 
 _COLOURS = [(200, 60, 40), (40, 160, 80), (60, 80, 200)]
-_TRAIN, _VALIDATION = 30, 28  # Just enough to hold every kind of image.
+_TRAIN, _VALIDATION = 30, 28  # Just enough to contain every kind of image.
 
 
 def _picture(colour, width, height):
-  """A picture of one hue, lit from above, where it is twice as bright, and a little from a side."""
+  """Returns a picture of one hue, twice as bright at the top and a little brighter at one side."""
   light = np.outer(np.linspace(1.2, 0.6, height), np.linspace(1.05, 0.95, width))[..., np.newaxis]
   return Image.fromarray(np.uint8(np.full((height, width, 3), colour) * light))
 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-  """A folder of three photographs, one of them turned and one small, and of other things."""
+  """A folder with three photographs, one rotated and one small, and with other things."""
   folder = tmp_path_factory.mktemp("photographs")
   _picture(_COLOURS[0], 1300, 1000).save(folder / "a.jpg")
   exif = Image.Exif()
@@ -55,7 +54,7 @@ def _run(data_dir, photographs, *options):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, photographs):
-  """The data directory, and what the program said."""
+  """The data directory and the result of the program."""
   data_dir = tmp_path_factory.mktemp("data")
   counts = (f"--train_images={_TRAIN}", f"--validation_images={_VALIDATION}")
   return data_dir, _run(data_dir, photographs, *counts)
@@ -67,7 +66,7 @@ def _read_tar(file):
 
 
 def _read_files(data_dir):
-  """The image files of both tars by name, and the synsets' tars of the training images."""
+  """Returns (contents of the synsets' tars, training images by name, validation images by name)."""
   manual_dir = data_dir / "downloads" / "manual"
   with open(manual_dir / "ILSVRC2012_img_train.tar", "rb") as file:
     synsets = {name: _read_tar(io.BytesIO(tar)) for name, tar in _read_tar(file).items()}
@@ -89,7 +88,7 @@ def _is_lit_from_above(image):
   return top - bottom > abs(left - right)
 
 
-def test_tars_hold_what_imagenets_do_and_nothing_else_is_left(made):
+def test_tars_contain_what_imagenets_do_and_nothing_else_remains(made):
   data_dir, result = made
   assert (result.returncode, result.stderr) == (0, "")
   synsets, train, validation = _read_files(data_dir)
@@ -105,7 +104,7 @@ def test_tars_hold_what_imagenets_do_and_nothing_else_is_left(made):
   mean = np.mean([len(file) for file in [*train.values(), *validation.values()]]) / 1000
   assert result.stdout == (
     f"{manual_dir}: {_TRAIN} training and {_VALIDATION} validation images, crops of 3 photographs, "
-    f"{mean:.1f} kB each in the mean\n"
+    f"{mean:.1f} kB each on average\n"
   )
 
 
@@ -136,7 +135,7 @@ def test_images_are_those_of_imagenet_odd_ones_included(made):
 
 
 def test_the_unmodified_builder_takes_the_tars(made):
-  """Names, labels and colours: the last show which photograph it is, and that CMYK is repaired."""
+  """Checks names, labels and colours, which show the photograph and that CMYK is repaired."""
   builder = tfds.builder("imagenet2012", data_dir=made[0])
   tfds.disable_progress_bar()
   builder.download_and_prepare()
@@ -159,7 +158,7 @@ def test_the_unmodified_builder_takes_the_tars(made):
       assert 0.56 < light.mean() < 1.27
 
 
-def test_the_same_flags_make_the_same_bytes_and_another_seed_others(made, photographs, tmp_path):
+def test_the_same_flags_make_the_same_bytes_and_another_seed_does_not(made, photographs, tmp_path):
   counts = (f"--train_images={_TRAIN}", f"--validation_images={_VALIDATION}")
   assert _run(tmp_path / "same", photographs, *counts).returncode == 0
   for path in (made[0] / "downloads" / "manual").iterdir():
@@ -174,7 +173,7 @@ def test_the_same_flags_make_the_same_bytes_and_another_seed_others(made, photog
   assert not any(validation[name] == other_validation[name] for name in validation)
 
 
-def test_more_images_leave_the_others_as_they_are():
+def test_more_images_do_not_change_the_others():
   photographs = [pathlib.Path("a"), pathlib.Path("b")]
   for plan in (make_photographs._train_images, make_photographs._validation_images):
     images = plan(3000, photographs, 5)
@@ -188,7 +187,7 @@ def test_more_images_leave_the_others_as_they_are():
 def test_classes_are_balanced_and_none_is_odd():
   images = make_photographs._train_images(30_000, [pathlib.Path("a")], 0)
   names = {image.name for image in images}
-  # No number that we give is that of an image that TFDS repairs.
+  # No image has the same name as one that TFDS repairs.
   assert len(names) == 30_000
   assert collections.Counter(image.synset for image in images[:5000]).most_common(1)[0][1] == 5
   for kind in ("grey", "small", "turned"):
@@ -211,7 +210,7 @@ def test_turned_images_are_upright_by_their_tag_alone(name, photographs):
 
 
 def test_crops_are_600_to_1600_pixels_long_and_lie_anywhere(tmp_path):
-  """The colour of each pixel of the photograph tells where it lies."""
+  """The colour of each pixel of the photograph encodes its position."""
   width, height, steps = 2400, 1800, np.arange(256)
   pixels = np.zeros((256, 256, 3), np.uint8)
   pixels[:, :, 0], pixels[:, :, 1] = steps, steps[:, np.newaxis]
@@ -264,7 +263,7 @@ def test_a_photograph_that_cannot_be_read_leaves_no_tar(photographs, tmp_path):
   assert not os.listdir(tmp_path / "downloads" / "manual")
 
 
-def test_a_picture_of_too_many_pixels_is_passed_over(photographs, tmp_path, monkeypatch):
+def test_a_picture_of_too_many_pixels_is_skipped(photographs, tmp_path, monkeypatch):
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Twice as many are an error to Pillow.
   with pytest.raises(UserError, match="There is no image in the folder"):
     make_photographs._find_photographs(photographs)
@@ -272,7 +271,7 @@ def test_a_picture_of_too_many_pixels_is_passed_over(photographs, tmp_path, monk
     make_photographs._read(photographs / "a.jpg")
 
 
-def test_mistakes_are_told_in_one_line(photographs, tmp_path):
+def test_mistakes_are_reported_on_one_line(photographs, tmp_path):
   missing = tmp_path / "missing"
   assert f"Cannot read the folder '{missing}'" in _refusal(_run(tmp_path, missing))
   empty = photographs / "more"
@@ -294,16 +293,16 @@ def test_debian_packages_give_the_photographs_among_their_pictures(tmp_path, mon
       directory / "usr/share/backgrounds/mate/abstract/Elephants.jpg"
     )
 
-  monkeypatch.setattr(preparation, "unpack_debian_packages", unpack)
+  monkeypatch.setattr(mirrors, "unpack_debian_packages", unpack)
   found = make_photographs._fetch_photographs(tmp_path)
   assert [path.name for path in found] == ["sea.jpg", "Dune.jpg"]
 
 
-def test_without_debian_the_way_out_is_told(tmp_path, monkeypatch):
+def test_without_debian_the_message_says_what_to_do(tmp_path, monkeypatch):
   def unpack(names, directory):
     raise UserError("there is no apt-get on this machine")
 
-  monkeypatch.setattr(preparation, "unpack_debian_packages", unpack)
+  monkeypatch.setattr(mirrors, "unpack_debian_packages", unpack)
   with pytest.raises(
     UserError, match=r"\(there is no apt-get on this machine\).*--photographs=DIR"
   ):
