@@ -1,16 +1,17 @@
-# make train: set up, fetch CIFAR-10, train ResNet-20. make test: lint, then every test.
+# make train: set up, prepare CIFAR-10, train ResNet-20. make test: lint, then every test.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-# A CPU without instructions for bfloat16 is many times slower at it than at float32.
+# Without instructions for bfloat16, a CPU is many times slower at it than at float32.
 DTYPE := $(if $(shell grep -m1 -oE 'avx512_bf16|amx_bf16' /proc/cpuinfo),bfloat16,float32)
 
-# Tests start many processes: each would compile TensorFlow's modules anew where this is set.
+# Tests start many processes, and with this variable each would compile TensorFlow's modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train test lint
 
 train: $(VENV)/.installed
+	$(RUN) -m tools.prepare_data cifar10 --data_dir=data
 	$(RUN) -m tf_largebatch.train --flagfile=flags/cifar10_resnet20.flags --dtype=$(DTYPE) \
 	  --data_dir=data --work_dir=runs/cifar10_resnet20
 
