@@ -21,7 +21,7 @@ class RunOptions:
     UserError: a value has the wrong type or is out of range.
   """
 
-  work_dir: str | None = declare(None, "Directory that receives everything the run leaves.")
+  work_dir: str = declare("", "Directory that receives everything the run leaves. Required.")
   data_dir: str = declare("~/tensorflow_datasets", "Directory of the prepared data sets (TFDS).")
   index_dir: str = declare(
     "~/.cache/tf_largebatch", "Directory that keeps the record offsets of each data set."
@@ -91,9 +91,9 @@ class RunOptions:
     fields.check(self)
     for name in _PATHS:
       path = getattr(self, name)
-      if path is not None:
+      if path or name != "work_dir":  # The run itself requires a work_dir.
         _check_path(name, path)
-        object.__setattr__(self, name, os.path.expanduser(path))
+      object.__setattr__(self, name, os.path.expanduser(path))
 
 
 def _check_path(name: str, path: str):

@@ -49,7 +49,7 @@ def _train(argv: list[str], stop: StopRequest) -> int:
     raise UserError(f"Unexpected argument {argv[1]!r}; every option is a flag, --name=value.")
   recipe, options = command_line.recipe_from_flags(), command_line.options_from_flags()
   cluster = read_cluster()
-  if options.work_dir is None:
+  if not options.work_dir:
     raise UserError("No --work_dir was given; name a directory for what the run leaves.")
   if not (cluster.is_chief or flags.FLAGS["verbosity"].present):
     logging.set_verbosity(logging.WARNING)  # The chief logs the same lines.

@@ -55,7 +55,7 @@ def train_and_evaluate(
     InterruptedRunError: the run was asked to stop or lost a task; it can be continued.
   """
   cluster, stop = cluster or Cluster(), stop or StopRequest()
-  if options.work_dir is None:
+  if not options.work_dir:
     raise UserError("No work_dir was given; name a directory for what the run leaves.")
   if options.deterministic:
     tf.config.experimental.enable_op_determinism()
