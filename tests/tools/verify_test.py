@@ -1,4 +1,4 @@
-"""`tools.verify` under the launcher, and that it can fail."""
+"""`tools.verify` under the launcher, and the mistakes that it catches."""
 
 import json
 import subprocess
@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from tests.launching import ROOT, launch, run_module
-from tools import verify
-from tools.conformance import negative_controls
+from tools.conformance.mutations import MUTATIONS
+from tools.conformance.negative_controls import make_copy
+from tools.conformance.properties.checks import CHECKS, SLOW
+from tools.conformance.properties.result import Result
 
-NAMES = [name for names in verify.CHECKS.values() for name in names if "ResNet-50" not in name]
+NAMES = [name for name in CHECKS if name not in SLOW]
 
 
 def test_every_property_holds_on_two_tasks(tmp_path):
@@ -22,38 +24,52 @@ def test_every_property_holds_on_two_tasks(tmp_path):
   assert [line["name"] for line in report["properties"]] == NAMES
   for line in report["properties"]:
     assert line["holds"] and 0 <= line["deviation"] <= line["limit"]
-  # Only the chief tells.
+  # Only the chief prints.
   assert finished.stdout.count(f"All {len(NAMES)} properties hold") == 1
   assert finished.stdout.count("[task 1] property") == 0
 
 
 @pytest.mark.parametrize("deviation, holds", [(1.0, True), (1.1, False), (np.nan, False)])
 def test_a_property_holds_up_to_its_limit(deviation, holds):
-  line = verify.Line("x", deviation, 1.0, "")
-  assert line.holds == holds
+  assert Result("x", deviation, 1.0, "").holds == holds
 
 
 @pytest.mark.parametrize(
-  "flags, expected",
+  "module, flag, expected",
   [
     (
-      ["--only=aggregatoin"],
-      "error: --only=aggregatoin: no such property; there are the paper's values",
+      "tools.verify",
+      "--only=aggregatoin",
+      "error: --only=aggregatoin: there is no such property; use any of paper defaults",
     ),
-    (["--output=/nowhere/report.json"], "error: --output=/nowhere/report.json cannot be written"),
-    (["aggregation"], "error: Unexpected argument 'aggregation'"),
+    (
+      "tools.verify",
+      "--output=/nowhere/report.json",
+      "error: --output=/nowhere/report.json cannot be written",
+    ),
+    ("tools.verify", "aggregation", "error: Unexpected argument 'aggregation'"),
+    (
+      "tools.conformance.negative_controls",
+      "--only=warmup",
+      "error: --only=warmup: there is no such mistake; use any of loss over n instead of kn",
+    ),
+    (
+      "tools.conformance.negative_controls",
+      "--output=/nowhere/table.json",
+      "error: --output=/nowhere/table.json cannot be written",
+    ),
   ],
 )
-def test_a_users_mistake_gets_one_line(flags, expected):
-  finished = run_module("tools.verify", *flags)
+def test_a_users_mistake_gets_one_line(module, flag, expected):
+  finished = run_module(module, flag)
   assert finished.returncode == 1
   assert finished.stderr.startswith(expected) and finished.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("mutation", negative_controls.MUTATIONS, ids=lambda m: m.name)
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
 def test_every_mistake_can_still_be_made(mutation, tmp_path):
-  """What it replaces stands in the package, once, and what comes out is Python."""
-  package = negative_controls.make_copy(tmp_path, mutation) / "tf_largebatch"
+  """The text that it replaces occurs in the package once, and the result is valid Python."""
+  package = make_copy(tmp_path, mutation) / "tf_largebatch"
   for module, _, new in mutation.edits:
     source = (package / f"{module}.py").read_text()
     assert new in source
@@ -62,7 +78,7 @@ def test_every_mistake_can_still_be_made(mutation, tmp_path):
 
 
 def test_mistakes_are_caught():
-  """One of each kind of module; `python -m tools.conformance.negative_controls` makes them all."""
+  """One of each kind of module; `python -m tools.conformance.negative_controls` makes all."""
   names = ["decoupled decay", "warmup per epoch", "shuffle per worker", "BN over all workers"]
   finished = subprocess.run(
     [

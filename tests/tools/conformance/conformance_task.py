@@ -1,4 +1,4 @@
-"""A task of `conformance_test`: takes the steps of its cases on this cluster, tells what it saw.
+"""A task of `conformance_test`: runs the steps of its cases on this cluster and saves what it saw.
 
 python -m tools.launch_local --tasks=2 \\
     --module=tests.tools.conformance.conformance_task -- DIR REPLICAS_A_TASK DTYPES
@@ -15,18 +15,19 @@ from tensorflow.python.distribute import collective_all_reduce_strategy
 from tf_largebatch.distributed.cluster import read_cluster
 from tf_largebatch.distributed.strategy import make_strategy
 from tf_largebatch.optim.sgd import MomentumCorrectedSGD
-from tools import verify
+from tools.conformance.observation import observe
+from tools.conformance.problem import make_recipe
 
 STEPS = 36
-# k = 4, n = 4, a warmup up to step 15, a decay at 30, in three epochs.
+# k = 4, n = 5; three epochs with a warmup up to step 15 and decays at 27 and 33.
 CASES = {
-  dtype: verify.make_recipe(1, dtype=dtype, weight_decay=1e-2, label_smoothing=0.1)
+  dtype: make_recipe(1, dtype=dtype, weight_decay=1e-2, label_smoothing=0.1)
   for dtype in ("float64", "float32")
 }
 
 
 def apply_on_replicas(strategy):
-  """A weight after replica r called the optimizer with the gradient (r + 1) · (1, 10)."""
+  """Returns a weight after replica r calls the optimizer with the gradient (r + 1) · (1, 10)."""
   with strategy.scope():
     variable = keras.Variable([0.0, 0.0], name="kernel", dtype="float64")
     optimizer = MomentumCorrectedSGD(0.5)
@@ -50,8 +51,8 @@ def main(directory, replicas, dtypes):
     cpu, [tf.config.LogicalDeviceConfiguration()] * replicas
   )
   if replicas > 1:
-    # With several tasks TensorFlow takes one CPU of each, though it takes all GPUs: here it shall
-    # take the CPUs as it would the GPUs.
+    # With several tasks, TensorFlow uses all GPUs but only one CPU of each. This makes it use all
+    # logical CPUs too.
     def local_devices(self, cluster_resolver, worker_device):
       return tuple(f"{worker_device}/device:CPU:{index}" for index in range(replicas)), "CPU"
 
@@ -61,7 +62,7 @@ def main(directory, replicas, dtypes):
   strategy = make_strategy(this)
   assert strategy.num_replicas_in_sync == this.num_tasks * replicas
   seen = {
-    dtype: verify.observe(strategy, recipe, "small_residual", STEPS)
+    dtype: observe(strategy, recipe, "small_residual", STEPS)
     for dtype, recipe in CASES.items()
     if dtype in dtypes.split(",")
   }

@@ -1,4 +1,4 @@
-"""The package against `tools.conformance.reference`: on clusters, and over recipes."""
+"""The package against `tools.conformance.reference`, on several clusters and for many recipes."""
 
 import functools
 import pickle
@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 from tests.launching import launch
 from tests.tools.conformance import conformance_task
 from tf_largebatch.data.input_pipeline import example_ids
-from tools import verify
 from tools.conformance import reference
+from tools.conformance.comparison import reference_rates, reference_step, reference_steps
+from tools.conformance.observation import observe
+from tools.conformance.problem import make_examples, make_parameters, make_recipe
 
-# One process takes all of them, for what they share takes long to make.
+# All in one process, because the fixture that they share is slow.
 pytestmark = pytest.mark.xdist_group("conformance")
 
-# (tasks, replicas a task): 4, 2 or 1 workers a replica.
+# (tasks, replicas per task): 4, 2 or 1 workers per replica.
 CLUSTERS = [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)]
-# float32, whose BN is another kernel, on the simplest and on that with most parts.
+# float32, whose BN uses another kernel, on the simplest and the most complex cluster.
 RUNS = [(cluster, "float64") for cluster in CLUSTERS] + [
   (cluster, "float32") for cluster in ((1, 1), (2, 2))
 ]
@@ -28,7 +30,7 @@ RUNS = [(cluster, "float64") for cluster in CLUSTERS] + [
 
 @pytest.fixture(scope="module")
 def observed(tmp_path_factory):
-  """(tasks, replicas) → what each task saw."""
+  """Maps (tasks, replicas) to what each task saw."""
   directory, found = tmp_path_factory.mktemp("clusters"), {}
   for tasks, replicas in CLUSTERS:
     dtypes = ",".join(dtype for cluster, dtype in RUNS if cluster == (tasks, replicas))
@@ -47,17 +49,17 @@ def norm(values):
 
 @functools.cache
 def reference_run(dtype):
-  """The reference's own run: weights and statistics, and each step's loss, error and gradient.
+  """Returns the reference's own run: its states, and each step's loss, error and gradient.
 
-  Only which examples each worker has is the package's; `verify` and other tests judge that.
+  Only the choice of each worker's examples is the package's; `verify` and other tests check that.
   """
   recipe = conformance_task.CASES[dtype]
-  total = len(verify.make_examples(recipe)[0])
-  state = reference.initial_state(*verify.make_parameters("small_residual"))
+  total = len(make_examples(recipe)[0])
+  state = reference.initial_state(*make_parameters("small_residual"))
   states, batches = [state], []
-  for step, rate in enumerate(verify.reference_rates(recipe, conformance_task.STEPS)):
+  for step, rate in enumerate(reference_rates(recipe, conformance_task.STEPS)):
     ids = [example_ids(recipe, total, step, worker) for worker in range(recipe.workers)]
-    batch, state = verify.reference_step(state, recipe, "small_residual", np.array(ids), rate)
+    batch, state = reference_step(state, recipe, "small_residual", np.array(ids), rate)
     states.append(state)
     batches.append(batch)
   return states, batches
@@ -65,10 +67,10 @@ def reference_run(dtype):
 
 @pytest.mark.parametrize("cluster, dtype", RUNS)
 def test_a_run_is_the_references_on_every_cluster(observed, cluster, dtype):
-  """36 steps from the same weights, each from where the run itself had come to."""
+  """36 steps from the same weights, each from the end of the previous one."""
   states, batches = reference_run(dtype)
-  # Float32's rounding, which training makes grow: by 1.17 a step on CPUs with AVX-512, to 1.0e-5 in
-  # the end (1e-5 was the limit for all, and held with AVX2). The next test has no such growth.
+  # Training amplifies float32's rounding errors, by 1.17 per step on CPUs with AVX-512, to 1.0e-5
+  # after 36. In the next test, each step starts from the observed weights, so errors do not grow.
   limits = [1e-12 if dtype == "float64" else 2.0**-23 * 1.2**step for step in range(len(states))]
   seen = observed[cluster][0][dtype]
   for step, state in enumerate(states):
@@ -79,14 +81,14 @@ def test_a_run_is_the_references_on_every_cluster(observed, cluster, dtype):
     expected = np.array([getattr(batch, name) for batch in batches])
     difference = np.abs(seen.scalars[name] - expected)
     assert np.all(difference <= np.maximum(limits[1:], 1e-6 * (dtype == "float32")) * expected)
-  # Weights have moved by more than their own norm's tenth: the agreement is no accident.
+  # The weights have moved by more than a tenth of their norm, so the agreement is not trivial.
   first, last = states[0].parameters, states[-1].parameters
   assert norm([last[name] - first[name] for name in first]) > 0.1 * norm(first.values())
 
 
 @pytest.mark.parametrize("cluster, dtype", RUNS)
 def test_every_step_is_the_references(observed, cluster, dtype):
-  """Each step by itself, to the rounding of one step; and the scalars it reports."""
+  """Each step from the observed weights, to the rounding of one step, and its scalars."""
   assert_steps(observed[cluster][0][dtype], conformance_task.CASES[dtype], "small_residual")
 
 
@@ -103,7 +105,7 @@ def test_every_replica_of_every_task_holds_the_same_bytes(observed, cluster, dty
 @pytest.mark.parametrize("cluster, dtype", RUNS)
 def test_every_cluster_sees_the_same_examples(observed, cluster, dtype):
   recipe = conformance_task.CASES[dtype]
-  total = len(verify.make_examples(recipe)[0])
+  total = len(make_examples(recipe)[0])
   expected = [
     [example_ids(recipe, total, step, worker) for worker in range(4)] for step in range(36)
   ]
@@ -123,13 +125,13 @@ def test_the_optimizer_sums_over_the_replicas_that_call_it(observed, cluster):
 
 
 def assert_steps(seen, recipe, network):
-  """What was observed of each step against the reference's step from the same weights."""
+  """Compares each observed step with the reference's step from the same weights."""
   limit = 1e-12 if recipe.dtype == "float64" else 2e-6
-  rates = verify.reference_rates(recipe, len(seen.ids))
+  rates = reference_rates(recipe, len(seen.ids))
   np.testing.assert_allclose(seen.scalars["learning_rate"], rates, rtol=limit)
   factors = [1.0, *(rates[1:] / rates[:-1])] if recipe.momentum_correction else np.ones(len(rates))
   np.testing.assert_allclose(seen.scalars["momentum_correction_factor"], factors, rtol=limit)
-  steps = verify.reference_steps(seen, recipe, network, rates)
+  steps = reference_steps(seen, recipe, network, rates)
   for step, (before, batch, after) in enumerate(steps):
     for kind in ("parameters", "statistics"):
       expected = getattr(after, kind)
@@ -165,19 +167,19 @@ def assert_steps(seen, recipe, network):
   batch_norm_momentum=st.sampled_from([0.9, 0.5]),
   seed=st.integers(0, 2**31 - 1),
 )
-# No shrinking: a case takes seconds, and a failing one is small as it is.
+# No shrinking: a case takes seconds, and every case is small.
 @settings(max_examples=10, derandomize=True, database=None, phases=[Phase.generate])
 def test_every_recipe_is_the_references(network, **changes):
-  # A step of fewer images would make more than 12 an epoch of them.
+  # With fewer images in a step, an epoch would have more than 12 steps.
   assume(changes["workers"] * changes["per_worker_batch_size"] >= 4)
-  recipe = verify.make_recipe(1, reference_learning_rate=0.02, **changes)
+  recipe = make_recipe(1, reference_learning_rate=0.02, **changes)
   strategy = tf.distribute.get_strategy()
-  assert_steps(verify.observe(strategy, recipe, network, 36), recipe, network)
+  assert_steps(observe(strategy, recipe, network, 36), recipe, network)
 
 
 def test_one_step_of_resnet20_is_the_references():
-  """The package's own network, option A's shortcuts and γ = 1, in float64."""
-  recipe = verify.make_recipe(
+  """The package's own network with option A's shortcuts and γ = 1, in float64."""
+  recipe = make_recipe(
     1,
     network="resnet20",
     dtype="float64",
@@ -186,11 +188,9 @@ def test_one_step_of_resnet20_is_the_references():
     warmup="none",
     reference_learning_rate=1.0,
   )
-  seen = verify.observe(tf.distribute.get_strategy(), recipe, "resnet20", 1)
-  ((before, _, after),) = verify.reference_steps(
-    seen, recipe, "resnet20", verify.reference_rates(recipe, 1)
-  )
+  seen = observe(tf.distribute.get_strategy(), recipe, "resnet20", 1)
+  ((before, _, after),) = reference_steps(seen, recipe, "resnet20", reference_rates(recipe, 1))
   assert len(before.parameters) == 19 * 3 + 2
   for name, w in before.parameters.items():
     expected = w - after.parameters[name]
-    assert norm([seen.update(0, name) - expected]) <= 1e-10 * norm([expected]), name
+    assert norm([seen.updates(0, [name])[name] - expected]) <= 1e-10 * norm([expected]), name
