@@ -39,6 +39,7 @@ from absl import flags
 
 from tf_largebatch.errors import UserError
 from tools import program
+from tools.output import output_path, write_json
 from tools.resilience import harness
 from tools.resilience.elastic import elastic
 from tools.resilience.harness import LaunchedRun
@@ -295,11 +296,12 @@ def main(arguments: list[str]) -> int:
   values = flags.FLAGS
   task_counts = [_positive(text) for text in values.elastic or values.tasks]
   harness.prepare()
-  harness.check_output(values.json)
+  json_path = output_path("--json", values.json)
   directory, equal = pathlib.Path(tempfile.mkdtemp(prefix="chaos")), False
   try:
     measured = _run(directory, arguments or list(_TINY), task_counts)
-    harness.write_output(values.json, measured)
+    if json_path:
+      write_json("--json", json_path, measured)
     equal = all(run["equal"] for run in measured.get("runs", []))
   finally:
     if equal:

@@ -72,26 +72,6 @@ def last_line(log: pathlib.Path) -> str:
   return next((line for line in reversed(lines) if line.strip()), "")
 
 
-def check_output(path: str | None):
-  """Checks before the measurements that `--json` can be written.
-
-  Raises:
-    UserError: it cannot.
-  """
-  if path:
-    try:
-      open(path, "a").close()
-    except OSError as error:
-      raise UserError(f"--json={path} cannot be written ({error.strerror})") from error
-
-
-def write_output(path: str | None, measured: dict):
-  if path:
-    from tf_largebatch import files  # Imports TensorFlow, which takes seconds.
-
-    files.write_json(path, measured)
-
-
 class LaunchedRun:
   """A training run under `tools.launch_local`.
 

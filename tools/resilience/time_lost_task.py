@@ -34,6 +34,7 @@ from absl import flags
 
 from tf_largebatch.errors import LOST_TASK, UserError
 from tools import launch_local, program
+from tools.output import output_path, write_json
 from tools.resilience import harness
 from tools.resilience.network import Network, isolated_network
 
@@ -52,7 +53,7 @@ def define_flags():
   flags.DEFINE_integer("repeats", 10, "Trials of each fault.", lower_bound=1)
   flags.DEFINE_list("faults", list(LIMITS), f"Faults to inject, out of {', '.join(LIMITS)}.")
   flags.DEFINE_integer("tasks", 2, "Tasks of a run.", lower_bound=2, upper_bound=_MOST_TASKS)
-  flags.DEFINE_string("json", "", "File to write the measurements to, as JSON.")
+  flags.DEFINE_string("json", None, "File to write the measurements to, as JSON.")
 
 
 @dataclasses.dataclass
@@ -243,7 +244,7 @@ def main() -> int:
   if not faults or set(faults) - set(LIMITS):
     raise UserError(f"--faults={','.join(faults)}: expected one or more of {', '.join(LIMITS)}")
   harness.prepare()
-  harness.check_output(values.json)
+  json_path = output_path("--json", values.json)
   if "cut" in faults:
     with isolated_network(num_tasks):  # Fails now rather than in a later trial.
       pass
@@ -252,8 +253,9 @@ def main() -> int:
   for row in summarise(trials):
     exits = f"{row['median']:21.1f} s {row['worst']:5.1f} s"
     print(f"{row['fault']:5}  {row['trials']:6}  {exits}  {row['named']:4} of {row['survivors']}")
-  measured = {"tasks": num_tasks, "trials": [dataclasses.asdict(trial) for trial in trials]}
-  harness.write_output(values.json, measured)
+  if json_path:
+    measured = {"tasks": num_tasks, "trials": [dataclasses.asdict(trial) for trial in trials]}
+    write_json("--json", json_path, measured)
   return int(failed)
 
 

@@ -1,14 +1,14 @@
-"""One task of a Slurm step: makes `TF_CONFIG` from Slurm's environment and becomes the trainer.
+"""Sets `TF_CONFIG` for one task of a Slurm step and runs the trainer in its place.
 
   srun --distribution=block python -m tools.slurm.task -- --flagfile=flags/… --work_dir=…
 
-`train.sbatch`, beside this file, is a whole job. What follows `--` goes to the trainer,
-which takes this process over: Slurm's signals reach it with nobody in between.
+`train.sbatch` in this directory is a complete job. The trainer gets the arguments after `--` and
+replaces this process (exec), so that it receives Slurm's signals directly.
 
-Each node's first task listens on a port that follows from the job and the step, its
-next tasks on the ports after it, so that several jobs on one node stay apart. Ports are
-10000 to 29999, below those that Linux gives to outgoing connections; `--port` names
-another. The nodes' names must be host names, as is usual.
+The port of each node's first task is derived from the job and the step, so that jobs on one node do
+not collide; the node's other tasks use the ports after it. Ports are 10000 to 29999, below Linux's
+range for outgoing connections; `--port` sets another. Each node's name in Slurm must also be its
+host name, as is usual.
 """
 
 import json
@@ -18,51 +18,54 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
-from absl import app, flags
+from absl import flags
 
 from tf_largebatch.errors import UserError
-
-_PORT = flags.DEFINE_integer(
-  "port",
-  None,
-  "Port of each node's first task; the node's next tasks have the ports after it. Follows from the "
-  "job and the step if not given.",
-  lower_bound=1,
-  upper_bound=65535,
-)
+from tools import program
 
 _FIRST_PORT, _PORTS_OF_A_STEP, _STEPS = 10000, 16, 1250
+
+
+def define_flags():
+  flags.DEFINE_integer(
+    "port",
+    None,
+    "Port of each node's first task; the node's other tasks use the ports after it. Derived from "
+    "the job and the step if not given.",
+    lower_bound=1,
+    upper_bound=65535,
+  )
 
 
 def tf_config(environ: Mapping[str, str], port: int | None = None) -> str | None:
   """Returns `TF_CONFIG` for the task of a Slurm step that has this environment.
 
   Args:
-    environ: what Slurm tells each task.
-    port: of each node's first task; None for one that follows from the job and the step.
+    environ: the variables that Slurm sets for each task.
+    port: of each node's first task; None to derive it from the job and the step.
 
   Returns:
     JSON, or None for the only task of its step, which needs no `TF_CONFIG`.
 
   Raises:
-    UserError: this is no task of a step, or not the one that block distribution
-      puts at its rank, or `scontrol` does not name the nodes.
+    UserError: this is not a task of a Slurm step, its node is not the one that block
+      distribution assigns to its rank, or `scontrol` does not return the nodes' names.
   """
   tasks_per_node = _tasks_per_node(_variable(environ, "SLURM_STEP_TASKS_PER_NODE"))
   rank, num_tasks = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_STEP_NUM_TASKS")
   if sum(tasks_per_node) != num_tasks:
     raise UserError(
       f"SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']} has {sum(tasks_per_node)} "
-      f"tasks, SLURM_STEP_NUM_TASKS={num_tasks}: is this a step of a heterogeneous job? Use one "
-      "component"
+      f"tasks, but SLURM_STEP_NUM_TASKS={num_tasks}: if this is a step of a heterogeneous job, use "
+      "one component"
     )
   if num_tasks == 1:
     return None
   hosts = _hosts(_variable(environ, "SLURM_STEP_NODELIST"))
   if len(hosts) != len(tasks_per_node):
     raise UserError(
-      f"SLURM_STEP_NODELIST={environ['SLURM_STEP_NODELIST']} names {len(hosts)} nodes, "
-      f"SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']} {len(tasks_per_node)}"
+      f"SLURM_STEP_NODELIST={environ['SLURM_STEP_NODELIST']} names {len(hosts)} nodes, but "
+      f"SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']} has {len(tasks_per_node)}"
     )
   # Block distribution: the first node's tasks have the first ranks.
   places = [(node, local) for node, count in enumerate(tasks_per_node) for local in range(count)]
@@ -70,7 +73,7 @@ def tf_config(environ: Mapping[str, str], port: int | None = None) -> str | None
   if not 0 <= rank < num_tasks or places[rank] != here:
     raise UserError(
       f"task {rank} is number {here[1]} of node {here[0]}, which is not its place in block "
-      "distribution: give srun --distribution=block"
+      "distribution: use srun --distribution=block"
     )
   if environ.get("SLURMD_NODENAME", hosts[here[0]]) != hosts[here[0]]:
     raise UserError(
@@ -78,7 +81,7 @@ def tf_config(environ: Mapping[str, str], port: int | None = None) -> str | None
       f"{environ['SLURM_STEP_NODELIST']} is {hosts[here[0]]}"
     )
   if port is None:
-    # Steps of one job may run side by side as well; 617 keeps them off the next jobs' ports.
+    # Steps of one job may run at the same time; 617 separates them from the next jobs' ports.
     step = _number(environ, "SLURM_JOB_ID") + 617 * _number(environ, "SLURM_STEP_ID")
     port = _FIRST_PORT + _PORTS_OF_A_STEP * (step % _STEPS)
   addresses = [f"{hosts[node]}:{port + local}" for node, local in places]
@@ -87,7 +90,7 @@ def tf_config(environ: Mapping[str, str], port: int | None = None) -> str | None
 
 def _variable(environ: Mapping[str, str], name: str) -> str:
   if not environ.get(name):
-    raise UserError(f"{name} is not set: this runs in a Slurm step; start it by srun")
+    raise UserError(f"{name} is not set: this program runs in a Slurm step; start it with srun")
   return environ[name]
 
 
@@ -99,7 +102,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def _tasks_per_node(text: str) -> list[int]:
-  """Returns the number of each node's tasks: [2, 2, 2, 1] for "2(x3),1"."""
+  """Returns the number of tasks on each node: [2, 2, 2, 1] for "2(x3),1"."""
   counts = []
   for part in text.split(","):
     match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", part)
@@ -110,33 +113,34 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def _hosts(nodes: str) -> list[str]:
-  """Returns the names that `scontrol`, which knows the form best, finds in "node[01-03,7]"."""
+  """Returns the names that `scontrol` expands "node[01-03,7]" to."""
   command = ["scontrol", "show", "hostnames", nodes]
   try:
     found = subprocess.run(command, capture_output=True, text=True, check=False)
   except OSError as error:
     raise UserError(
-      f"cannot run scontrol ({error.strerror}): put Slurm's commands on PATH"
+      f"cannot run scontrol ({error.strerror}): add Slurm's commands to PATH"
     ) from error
   if found.returncode or not found.stdout.split():
-    told = " ".join(found.stderr.split()) or f"status {found.returncode}, no names"
-    raise UserError(f"{' '.join(command)}: {told}")
+    reason = " ".join(found.stderr.split()) or f"status {found.returncode}, no names"
+    raise UserError(f"{' '.join(command)}: {reason}")
   return found.stdout.split()
 
 
-def main(argv: list[str]) -> int:
-  try:
-    config = tf_config(os.environ, _PORT.value)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  # One that came along from where the job was submitted would be of another run.
+def main(arguments: list[str]):
+  config = tf_config(os.environ, flags.FLAGS.port)
+  # One inherited from where the job was submitted belongs to another run.
   os.environ.pop("TF_CONFIG", None)
   if config:
     os.environ["TF_CONFIG"] = config
   sys.stdout.flush()
-  os.execv(sys.executable, [sys.executable, "-m", "tf_largebatch.train", *argv[1:]])
+  os.execv(sys.executable, [sys.executable, "-m", "tf_largebatch.train", *arguments])
 
 
 if __name__ == "__main__":
-  app.run(main)
+  program.run(
+    main,
+    define_flags,
+    takes_arguments=True,
+    unknown_flag_hint="; flags of the trainer go after `--`.",
+  )

@@ -28,13 +28,6 @@ def test_the_last_line_is_not_blank(tmp_path):
   assert harness.last_line(log) == ""
 
 
-def test_an_output_that_cannot_be_written_is_refused(tmp_path):
-  harness.check_output(None)
-  harness.check_output(str(tmp_path / "figures.json"))
-  with pytest.raises(UserError, match=r"--json=.* cannot be written"):
-    harness.check_output(str(tmp_path / "missing" / "figures.json"))
-
-
 def test_a_run_that_ends_early_is_an_error(tmp_path):
   run = harness.LaunchedRun(tmp_path / "run", ["--network=no_such_network"])
   run.launch(1)

@@ -101,7 +101,7 @@ _MODULE = "tools.resilience.time_lost_task"
   "arguments, line",
   [
     (["--faults=fire"], "error: --faults=fire: expected one or more of kill, stop, cut"),
-    (["--json=/nonexistent/a"], "error: --json=/nonexistent/a cannot be written (No such file or"),
+    (["--json=/nonexistent/a"], "error: --json=/nonexistent/a cannot be written; name a file"),
     (["extra"], "error: Unexpected argument 'extra'"),
   ],
 )

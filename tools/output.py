@@ -1,0 +1,36 @@
+"""The JSON file that a flag of a program names, e.g. --json."""
+
+import os
+import pathlib
+
+from tf_largebatch.errors import UserError, summary
+
+
+def output_path(flag: str, value: str | None) -> pathlib.Path | None:
+  """Returns the file's path; None if the flag is not given. Call it before any measurement.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  if not value:
+    return None
+  path = pathlib.Path(value).expanduser()
+  if path.is_dir() or not os.access(path.parent, os.W_OK):
+    raise UserError(
+      f"{flag}={value} cannot be written; name a file in an existing, writable directory."
+    )
+  return path
+
+
+def write_json(flag: str, path: pathlib.Path, measured: dict | list):
+  """Writes the file that `output_path` returned.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  from tf_largebatch import files  # Imports TensorFlow.
+
+  try:
+    files.write_json(str(path), measured)
+  except files.FAILURES as error:
+    raise UserError(f"{flag}={path} cannot be written ({summary(error)}).") from error
