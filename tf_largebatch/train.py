@@ -24,7 +24,7 @@ command_line.define_flags()
 
 
 def set_environment(recipe: Recipe):
-  """Configures TensorFlow's CPU kernels, before it is imported (docs/speed.md)."""
+  """Configures TensorFlow's CPU kernels, before it is imported (docs/benchmarks.md)."""
   # TensorFlow itself uses oneDNN only on CPUs with AVX-512, but it is faster with AVX2 too.
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
   if (recipe.workers or 1) >= 2 and (os.cpu_count() or 1) <= 2:

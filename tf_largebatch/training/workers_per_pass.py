@@ -54,8 +54,8 @@ def choose_workers_per_pass(
 
   On a GPU, g doubles (while it divides the replica's workers), on images of zeros, until that is no
   faster or the memory is full. On a CPU g = 1: one worker keeps the cores busy, and its activations
-  are the more likely to fit the caches (docs/speed.md). In float16 g = 1 too: sums over more images
-  overflow sooner, and which steps are skipped for that must not depend on a device.
+  are the more likely to fit the caches (docs/benchmarks.md). In float16 g = 1 too: sums over more
+  images overflow sooner, and which steps are skipped for that must not depend on a device.
   """
   if recipe.dtype == "float16" or not tf.config.get_visible_devices("GPU"):
     return 1
