@@ -8,7 +8,7 @@ import typing
 from absl import flags
 
 from tf_largebatch import fields
-from tf_largebatch.errors import UserError, first_line
+from tf_largebatch.errors import UserError, summary
 from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
 
@@ -116,7 +116,7 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
     message = str(error).removeprefix("ERROR:: ")
     raise UserError(f"{message} (--helpfull lists every flag).") from error
   except ValueError as error:  # Only for a flagfile: bad values raise flags.Error.
-    raise UserError(f"{flagfiles}: not a file of flags ({first_line(error)}).") from error
+    raise UserError(f"{flagfiles}: not a file of flags ({summary(error)}).") from error
   if warnings.getvalue():  # absl only warns about a flagfile that includes itself.
     raise UserError(warnings.getvalue().strip())
   return left

@@ -14,7 +14,7 @@ import tensorflow as tf
 from PIL import Image
 
 from tf_largebatch import files
-from tf_largebatch.data import input_pipeline, sources
+from tf_largebatch.data import input_pipeline, memory_sources, sources
 from tf_largebatch.errors import InterruptedRunError, UserError
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.training import batches as batches_lib
@@ -93,7 +93,7 @@ FAULTS = {
   7: (make_record(b"", 7), "empty"),
   8: (make_record(encode(80)[:20], 8), "JPEG"),  # The header alone.
   10: (b"", "is required"),
-  12: (b"\xff" * 50, "no tf.train.Example"),
+  12: (b"\xff" * 50, "not a tf.train.Example"),
   14: (make_record(encode(140), CLASSES), "label is 24, but there are 24 classes"),
   17: (make_record(encode(170), -1), "label is -1"),
   23: (make_record(encode(230), 23), "corrupted"),  # Whose CRC is wrong.
@@ -208,8 +208,9 @@ def test_a_cache_has_the_very_examples(tmp_path):
 
 
 def test_a_cache_that_memory_does_not_hold_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(sources.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=99))
-  with pytest.raises(UserError, match="--nocache would do"):
+  memory = types.SimpleNamespace(available=99)
+  monkeypatch.setattr(memory_sources.psutil, "virtual_memory", lambda: memory)
+  with pytest.raises(UserError, match="use --nocache"):
     sources.CachedSource(Shards(str(tmp_path)).open())
 
 

@@ -10,7 +10,7 @@ from absl import logging
 
 from tf_largebatch import files
 from tf_largebatch.data import sources
-from tf_largebatch.errors import UserError, first_line
+from tf_largebatch.errors import UserError, summary
 
 
 class BadExamples:
@@ -57,7 +57,7 @@ class BadExamples:
         files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
         self._written = len(self._lines)
       except files.FAILURES as error:  # For example a full disk: training continues.
-        logging.warning("Cannot write %s (%s); will retry later.", self._path, first_line(error))
+        logging.warning("Cannot write %s (%s); will retry later.", self._path, summary(error))
     # Not a glob of the whole path, because its directories may have brackets in their names.
     names = fnmatch.filter(tf.io.gfile.listdir(self._work_dir), "bad_examples*.jsonl")
     listed = (line for name in names for line in _read(os.path.join(self._work_dir, name)))
@@ -73,7 +73,6 @@ def _read(path: str) -> list[dict]:
       hash((line["split"], line["example"], line["fault"]))
   except (*files.FAILURES, ValueError, TypeError, KeyError) as error:
     raise UserError(
-      f"{path} is not a list of bad examples ({first_line(error)}); move it away to start a new "
-      "one."
+      f"{path} is not a list of bad examples ({summary(error)}); move it away to start a new one."
     ) from error
   return lines

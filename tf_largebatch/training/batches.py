@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tf_largebatch.data import input_pipeline, sources
 from tf_largebatch.distributed.cluster import Cluster
-from tf_largebatch.errors import LOST_TASK, InterruptedRunError, UserError, first_line
+from tf_largebatch.errors import LOST_TASK, InterruptedRunError, UserError, summary
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.training.bad_examples import BadExamples
 
@@ -104,7 +104,7 @@ def next_batch(batches: Iterator, recipe: Recipe, split: str, source, ids, skips
     found = next(filter(None, faults), None)
     if found is None:
       raise InterruptedRunError(
-        f"Reading {split} failed ({first_line(error)}), but all of its examples can be read now; "
+        f"Reading {split} failed ({summary(error)}), but all of its examples can be read now; "
         "run again to continue.",
         LOST_TASK,
       ) from error

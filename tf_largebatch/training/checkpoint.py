@@ -19,7 +19,7 @@ import tensorflow as tf
 from absl import logging
 
 from tf_largebatch import files
-from tf_largebatch.errors import UserError, first_line
+from tf_largebatch.errors import UserError, summary
 
 _KEEP = 3
 _MANIFEST = re.compile(r"step-(\d{10})\.json")
@@ -115,7 +115,7 @@ class Checkpoints:
       names = _manifests(self._directory)
     except files.FAILURES as error:
       raise UserError(
-        f"The checkpoints {self._directory} cannot be listed ({first_line(error)}); move away what "
+        f"The checkpoints {self._directory} cannot be listed ({summary(error)}); move away what "
         "is there, or choose another work_dir."
       ) from error
     for name in reversed(names):
@@ -125,7 +125,7 @@ class Checkpoints:
         break
       except (*files.FAILURES, ValueError) as error:
         logging.warning(
-          "Skipping the checkpoint %s, which is not whole (%s).", path, first_line(error)
+          "Skipping the checkpoint %s, which is not whole (%s).", path, summary(error)
         )
     else:
       return None
@@ -221,7 +221,7 @@ class Checkpoints:
         "Cannot save the checkpoint of step %d (%s); earlier checkpoints stay, and training "
         "continues and retries at the next checkpoint.",
         step,
-        first_line(error),
+        summary(error),
       )
 
   def _note(self, step: int, error: float) -> None:
@@ -237,7 +237,7 @@ class Checkpoints:
         "Cannot add the validation error of step %d to %s (%s).",
         step,
         path,
-        first_line(failure),
+        summary(failure),
       )
 
   def _prune(self, newest: int) -> None:

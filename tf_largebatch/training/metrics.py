@@ -14,7 +14,7 @@ from absl import logging
 from tensorboard.plugins.hparams import api as hparams
 
 from tf_largebatch import files
-from tf_largebatch.errors import UserError, first_line
+from tf_largebatch.errors import UserError, summary
 
 _SECONDS_BETWEEN_LINES = 10.0
 # TensorBoard's group of the scalars of each kind of record.
@@ -61,7 +61,7 @@ class MetricsWriter:
       self._summaries = tf.summary.create_file_writer(os.path.join(work_dir, "tensorboard"))
     except files.FAILURES as error:
       raise UserError(
-        f"The metrics and TensorBoard files in {work_dir} cannot be written ({first_line(error)}); "
+        f"The metrics and TensorBoard files in {work_dir} cannot be written ({summary(error)}); "
         "make room there."
       ) from error
     self._records = [
@@ -158,7 +158,7 @@ class MetricsWriter:
         lines.close()
       if not self._failing:
         self._failing = True
-        self.say(f"Cannot write the metrics ({first_line(error)}); will retry.")
+        self.say(f"Cannot write the metrics ({summary(error)}); will retry.")
 
 
 def read_metrics(work_dir: str) -> list[dict]:
@@ -180,7 +180,7 @@ def _read(path: str) -> list[dict | None]:
       lines = file.read().splitlines()
   except files.FAILURES as error:
     raise UserError(
-      f"The metrics {path} cannot be read ({first_line(error)}); move that file away."
+      f"The metrics {path} cannot be read ({summary(error)}); move that file away."
     ) from error
   return list(map(_record, lines))
 

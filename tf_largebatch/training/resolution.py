@@ -29,7 +29,7 @@ def resolve_run(
   Raises:
     UserError: recipe, data and work directory do not fit, or tasks differ in them.
   """
-  if recipe.dataset != "synthetic":
+  if recipe.dataset not in sources.GENERATED:
     preparation.prepare(recipe.dataset, options.data_dir)
   recipe = work_directory.with_stored_workers(recipe, options.work_dir)
   recipe = resolve(recipe, strategy.num_replicas_in_sync, options.data_dir)

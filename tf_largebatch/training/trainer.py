@@ -17,7 +17,7 @@ from tf_largebatch.distributed.cluster import Cluster
 from tf_largebatch.distributed.collectives import meet, require_agreement
 from tf_largebatch.distributed.lost_tasks import report_lost_tasks
 from tf_largebatch.distributed.strategy import describe, make_strategy
-from tf_largebatch.errors import UserError, first_line
+from tf_largebatch.errors import UserError, summary
 from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.signals import StopRequest
@@ -263,6 +263,6 @@ def _finish(run: _Run, loop: Loop) -> dict:
     except files.FAILURES as error:
       raise UserError(
         f"All {loop.done} steps are done, but work_dir={work_dir} cannot be written "
-        f"({first_line(error)}); make room there and run the same command again."
+        f"({summary(error)}); make room there and run the same command again."
       ) from error
   return result

@@ -11,7 +11,7 @@ from absl import logging
 
 from tf_largebatch import files
 from tf_largebatch.command_line import to_flagfile
-from tf_largebatch.errors import UserError, first_line
+from tf_largebatch.errors import UserError, summary
 from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
 
@@ -67,7 +67,7 @@ def _read_recipe(path: str, data: dict) -> tuple[Recipe, dict]:
     return Recipe(**facts["recipe"]), facts.get("data", data)
   except (*files.FAILURES, ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
-      f"{path} does not hold the recipe of a run of this version ({first_line(error)}); choose "
+      f"{path} does not hold the recipe of a run of this version ({summary(error)}); choose "
       "another work_dir."
     ) from error
 
@@ -96,7 +96,7 @@ def _read_result(path: str) -> dict | None:
     return result
   except (*files.FAILURES, ValueError) as error:
     raise UserError(
-      f"{path} is not the result of a run ({first_line(error)}); remove it to continue the run."
+      f"{path} is not the result of a run ({summary(error)}); remove it to continue the run."
     ) from error
 
 
@@ -105,7 +105,7 @@ def _exists(path: str) -> bool:
     return tf.io.gfile.exists(path)
   except files.FAILURES as error:
     raise UserError(
-      f"{path} cannot be reached ({first_line(error)}); name another work_dir."
+      f"{path} cannot be reached ({summary(error)}); name another work_dir."
     ) from error
 
 
@@ -116,7 +116,7 @@ def wrap_write_errors(work_dir: str):
     yield
   except files.FAILURES as error:
     raise UserError(
-      f"work_dir={work_dir} cannot be written ({first_line(error)}); name a directory that can."
+      f"work_dir={work_dir} cannot be written ({summary(error)}); name a directory that can."
     ) from error
 
 
@@ -152,7 +152,7 @@ def locked(work_dir: str):
         "choose another work_dir."
       ) from error
     except OSError as error:
-      logging.warning("%s cannot be locked (%s).", file.name, first_line(error))
+      logging.warning("%s cannot be locked (%s).", file.name, summary(error))
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
