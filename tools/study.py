@@ -29,7 +29,7 @@ import sys
 
 from absl import flags
 
-from tf_largebatch.errors import UserError, first_line
+from tf_largebatch.errors import UserError, summary
 from tf_largebatch.options import RunOptions
 from tools import program
 from tools.studies.plan import RECIPE_FLAGS, read_study
@@ -60,7 +60,7 @@ def main(studies: list[str]) -> int:
     scheduler = Scheduler(runs, values.runs_dir, values.results_dir, passed_on)
     stopped = scheduler.train_all(values.jobs)
   except OSError as error:
-    raise UserError(first_line(error)) from error
+    raise UserError(summary(error)) from error
   if stopped:
     print("Stopped; the same command continues the runs.", file=sys.stderr)
     return 128 + stopped

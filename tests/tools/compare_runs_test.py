@@ -10,37 +10,16 @@ import sys
 import pytest
 
 from tests.launching import ROOT
+from tests.tools.studies.made_up_runs import make_run
 from tf_largebatch.errors import UserError
-from tf_largebatch.recipe import Recipe
 from tools import compare_runs
-from tools.studies import comparison, curve_report, curves
+from tools.studies import curve_report
 
 
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch):
   """Skips drawing, which takes most of the time; the tests of the picture undo this."""
   monkeypatch.setattr(curve_report, "draw", lambda *_: b"")
-
-
-def _make_run(root, name, validation, training=None, complete=True, **recipe):
-  """Makes a work directory; each epoch has two training records, the first over 3/4 of it."""
-  training = validation if training is None else training
-  fields = {"workers": 8, "epochs": len(validation), "warmup": "none", **recipe}
-  work_dir = root / name
-  work_dir.mkdir()
-  (work_dir / "recipe.json").write_text(json.dumps({"recipe": Recipe(**fields).to_dict()}))
-  records = []
-  for epoch, (error, train_error) in enumerate(zip(validation, training, strict=True), 1):
-    first, second = train_error + 0.01, train_error - 0.03  # Their mean by span is train_error.
-    records += [
-      {"kind": "train", "step": 8 * epoch - 2, "epoch": epoch - 0.25, "error": first},
-      {"kind": "train", "step": 8 * epoch, "epoch": float(epoch), "error": second},
-      {"kind": "eval", "step": 8 * epoch, "epoch": epoch, "error": error},
-    ]
-  (work_dir / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
-  if complete:
-    (work_dir / "result.json").write_text('{"status": "complete"}')
-  return str(work_dir)
 
 
 def _compare(root, *work_dirs, tolerance=0.01, baseline=None):
@@ -51,30 +30,16 @@ def _compare(root, *work_dirs, tolerance=0.01, baseline=None):
 
 def _verdict(tmp_path, differences, **options):
   """Compares a group that differs by these points from a baseline of 30 %."""
-  base = _make_run(tmp_path, "base", [0.3] * len(differences))
+  base = make_run(tmp_path, "base", [0.3] * len(differences))
   other = [0.3 + each / 100 for each in differences]
-  other = _make_run(tmp_path, "other", other, workers=16, **options)
+  other = make_run(tmp_path, "other", other, workers=16, **options)
   text, numbers = _compare(tmp_path, base, other)
   return text, numbers["groups"][1]["against_baseline"]
 
 
-def test_training_error_is_the_mean_over_the_steps_of_a_whole_epoch():
-  records = [
-    {"kind": "train", "epoch": 0.5, "error": 0.8},
-    {"kind": "train", "epoch": 0.75, "error": 0.6},
-    {"kind": "train", "epoch": 1.0, "error": 0.4},
-    {"kind": "eval", "epoch": 1, "error": 0.9},
-    {"kind": "train", "epoch": 1.25, "error": 0.3},
-    {"kind": "train", "epoch": 2.0, "error": 0.1},
-    {"kind": "train", "epoch": 2.5, "error": 0.1},  # The epoch is not over.
-  ]
-  # (4 x 0.8 + 2 x 0.6 + 2 x 0.4) / 8 and (1 x 0.3 + 3 x 0.1) / 4.
-  assert curves.training_curve(records) == pytest.approx({1: 0.65, 2: 0.15})
-
-
 def test_final_error_is_the_median_of_the_last_five_epochs(tmp_path):
-  seven = _make_run(tmp_path, "seven", [0.9, 0.8, 0.21, 0.25, 0.22, 0.24, 0.20])
-  four = _make_run(tmp_path, "four", [0.5, 0.3, 0.1, 0.4], seed=1, epochs=7)
+  seven = make_run(tmp_path, "seven", [0.9, 0.8, 0.21, 0.25, 0.22, 0.24, 0.20])
+  four = make_run(tmp_path, "four", [0.5, 0.3, 0.1, 0.4], seed=1, epochs=7)
   text, numbers = _compare(tmp_path, seven, four)
   runs = numbers["groups"][0]["runs"]
   assert runs[0]["final_error"] == 0.22
@@ -87,7 +52,7 @@ def test_final_error_is_the_median_of_the_last_five_epochs(tmp_path):
 
 def test_groups_final_error_is_mean_and_sample_standard_deviation(tmp_path):
   runs = [
-    _make_run(tmp_path, f"seed{seed}", [error], seed=seed)
+    make_run(tmp_path, f"seed{seed}", [error], seed=seed)
     for seed, error in enumerate((0.20, 0.22, 0.27))
   ]
   text, numbers = _compare(tmp_path, *runs)
@@ -100,25 +65,14 @@ def test_groups_final_error_is_mean_and_sample_standard_deviation(tmp_path):
 
 
 def test_groups_final_error_is_of_complete_runs_alone(tmp_path):
-  done = _make_run(tmp_path, "done", [0.4, 0.2])
-  running = _make_run(tmp_path, "running", [0.4], seed=1, epochs=2, complete=False)
+  done = make_run(tmp_path, "done", [0.4, 0.2])
+  running = make_run(tmp_path, "running", [0.4], seed=1, epochs=2, complete=False)
   text, numbers = _compare(tmp_path, done, running)
   assert numbers["groups"][0]["final_error"]["seeds"] == 1
   assert re.search(r"kn 256 \(k=8, n=32\) +1 seed +30\.00 %\n", text)
   assert re.search(r"running +1 +1 of 2 +40\.00 %, incomplete", text)
   text, _ = _compare(tmp_path, running)
   assert re.search(r"1 seed +40\.00 %, so far", text)
-
-
-def test_the_band_is_two_standard_errors_of_the_difference():
-  band = comparison.seeds_band
-  # Variances 2e-4 and 8e-4: 2 (2e-4 / 2 + 8e-4 / 2)^½.
-  assert band([0.20, 0.22], [0.30, 0.34]) == pytest.approx(0.04472136)
-  # One seed borrows the other's variance, 0.01: 2 (0.01 / 3 + 0.01 / 1)^½.
-  assert band([0.5], [0.1, 0.2, 0.3]) == pytest.approx(0.2309401)
-  # Pooled (2 x 0.01 + 1 x 8e-4) / 3: 2 (0.00693333 (1/3 + 1/2))^½.
-  assert band([0.1, 0.2, 0.3], [0.50, 0.54]) == pytest.approx(0.1520234)
-  assert band([0.1], [0.2]) is None
 
 
 @pytest.mark.parametrize(
@@ -152,8 +106,8 @@ def test_verdict(tmp_path, differences, verdict, from_epoch, words):
 
 
 def test_a_difference_of_the_tolerance_matches_and_a_little_more_does_not(tmp_path):
-  base = _make_run(tmp_path, "base", [0.30, 0.30])
-  other = _make_run(tmp_path, "other", [0.31, 0.31001], workers=16)
+  base = make_run(tmp_path, "base", [0.30, 0.30])
+  other = make_run(tmp_path, "other", [0.31, 0.31001], workers=16)
   _, numbers = _compare(tmp_path, base, other)
   rows = numbers["groups"][1]["against_baseline"]["validation"]["differences"]
   assert [row["match"] for row in rows] == [True, False]
@@ -166,11 +120,11 @@ def test_a_difference_of_the_tolerance_matches_and_a_little_more_does_not(tmp_pa
 def test_a_difference_within_the_seeds_band_or_the_tolerance_matches(tmp_path):
   # At epoch 1 the band is 2 (0.0002 (1/2 + 1/1))^½ = 0.0346, at epoch 2 a hundredth of that.
   base = [
-    _make_run(tmp_path, "b0", [0.300, 0.3000]),
-    _make_run(tmp_path, "b1", [0.320, 0.3002], seed=1),
+    make_run(tmp_path, "b0", [0.300, 0.3000]),
+    make_run(tmp_path, "b1", [0.320, 0.3002], seed=1),
   ]
-  near = _make_run(tmp_path, "near", [0.344, 0.3100], workers=16)
-  far = _make_run(tmp_path, "far", [0.346, 0.3102], workers=32)
+  near = make_run(tmp_path, "near", [0.344, 0.3100], workers=16)
+  far = make_run(tmp_path, "far", [0.346, 0.3102], workers=32)
   text, numbers = _compare(tmp_path, *base, near, far)
   near, far = (each["against_baseline"]["validation"] for each in numbers["groups"][1:])
   assert [each["band"] for each in near["differences"]] == pytest.approx([0.0346410, 0.000346410])
@@ -180,8 +134,8 @@ def test_a_difference_within_the_seeds_band_or_the_tolerance_matches(tmp_path):
 
 
 def test_a_mean_is_over_the_seeds_that_have_the_epoch(tmp_path):
-  first = _make_run(tmp_path, "first", [0.3, 0.2])
-  second = _make_run(tmp_path, "second", [0.5], seed=1, epochs=2, complete=False)
+  first = make_run(tmp_path, "first", [0.3, 0.2])
+  second = make_run(tmp_path, "second", [0.5], seed=1, epochs=2, complete=False)
   _, numbers = _compare(tmp_path, first, second)
   curve = numbers["groups"][0]["curves"]["validation"]
   assert [each["mean"] for each in curve] == pytest.approx([0.4, 0.2])
@@ -189,8 +143,8 @@ def test_a_mean_is_over_the_seeds_that_have_the_epoch(tmp_path):
 
 
 def test_training_and_validation_may_disagree(tmp_path):
-  base = _make_run(tmp_path, "base", [0.3, 0.2])
-  other = _make_run(tmp_path, "other", [0.4, 0.3], [0.3, 0.2], workers=16)
+  base = make_run(tmp_path, "base", [0.3, 0.2])
+  other = make_run(tmp_path, "other", [0.4, 0.3], [0.3, 0.2], workers=16)
   text, _ = _compare(tmp_path, base, other)
   assert "never matches its baseline" in text
   assert "But its training error matches at every epoch, 1 to 2 (within 0.00" in text
@@ -198,10 +152,10 @@ def test_training_and_validation_may_disagree(tmp_path):
 
 def test_groups_are_recipes_but_for_the_seed_labelled_by_what_differs(tmp_path):
   runs = [
-    _make_run(tmp_path, "a", [0.3]),
-    _make_run(tmp_path, "b", [0.3], workers=16),
-    _make_run(tmp_path, "c", [0.3], seed=1),
-    _make_run(tmp_path, "d", [0.3], workers=16, momentum=0.0, decay_epochs=(0.5, 0.75)),
+    make_run(tmp_path, "a", [0.3]),
+    make_run(tmp_path, "b", [0.3], workers=16),
+    make_run(tmp_path, "c", [0.3], seed=1),
+    make_run(tmp_path, "d", [0.3], workers=16, momentum=0.0, decay_epochs=(0.5, 0.75)),
   ]
   _, numbers = _compare(tmp_path, *runs)
   labels = [group["label"] for group in numbers["groups"]]
@@ -224,9 +178,9 @@ def test_groups_are_recipes_but_for_the_seed_labelled_by_what_differs(tmp_path):
 
 
 def test_what_was_compared_of_a_run_that_still_trains(tmp_path):
-  base = _make_run(tmp_path, "base", [0.6, 0.5, 0.4, 0.3])
+  base = make_run(tmp_path, "base", [0.6, 0.5, 0.4, 0.3])
   running = {"epochs": 4, "complete": False, "warmup": "gradual"}
-  warm = _make_run(tmp_path, "warm", [0.7, 0.6], workers=16, warmup_epochs=2.0, **running)
+  warm = make_run(tmp_path, "warm", [0.7, 0.6], workers=16, warmup_epochs=2.0, **running)
   text, numbers = _compare(tmp_path, base, warm)
   assert "Only epochs 1 to 2 of 4 could be compared." in text
   assert "That is within the warmup (2 epochs), during which curves may differ." in text
@@ -234,10 +188,10 @@ def test_what_was_compared_of_a_run_that_still_trains(tmp_path):
   assert "Final error" not in text
   assert numbers["groups"][1]["warmup_ends"] == 2
 
-  past = _make_run(tmp_path, "past", [0.7, 0.6], workers=32, warmup_epochs=1.9, **running)
+  past = make_run(tmp_path, "past", [0.7, 0.6], workers=32, warmup_epochs=1.9, **running)
   assert "within the warmup" not in _compare(tmp_path, base, past)[0]
   # A minibatch of 256, the reference's, takes no warmup.
-  small = _make_run(tmp_path, "small", [0.7, 0.6], momentum=0.0, warmup_epochs=3.0, **running)
+  small = make_run(tmp_path, "small", [0.7, 0.6], momentum=0.0, warmup_epochs=3.0, **running)
   assert "within the warmup" not in _compare(tmp_path, base, small)[0]
 
 
@@ -247,8 +201,8 @@ def test_final_errors_of_complete_runs_are_stated(tmp_path):
 
 
 def test_other_tasks_are_compared_with_a_warning(tmp_path):
-  base = _make_run(tmp_path, "base", [0.3])
-  other = _make_run(tmp_path, "other", [0.3], network="resnet20", validation_split="test")
+  base = make_run(tmp_path, "base", [0.3])
+  other = make_run(tmp_path, "other", [0.3], network="resnet20", validation_split="test")
   text, _ = _compare(tmp_path, base, other)
   assert "Note: The runs differ in network (resnet50, resnet20)" in text
   assert "Note: The runs differ in validation_split (None, test)" in text
@@ -256,8 +210,8 @@ def test_other_tasks_are_compared_with_a_warning(tmp_path):
 
 def test_page_is_self_contained_and_picture_is_a_png(tmp_path, monkeypatch):
   monkeypatch.undo()
-  base = _make_run(tmp_path, "base", [0.9, 0.3])
-  other = _make_run(tmp_path, "other", [0.9, 0.4], dataset="<script>&$x")
+  base = make_run(tmp_path, "base", [0.9, 0.3])
+  other = make_run(tmp_path, "other", [0.9, 0.4], dataset="<script>&$x")
   _compare(tmp_path, base, other)
   assert {each.name for each in (tmp_path / "out").iterdir()} == {
     f"compare_runs.{suffix}" for suffix in ("png", "html", "json")
@@ -280,98 +234,9 @@ def test_page_is_self_contained_and_picture_is_a_png(tmp_path, monkeypatch):
   assert "<td>40.00 %" not in page and "<td>65.00 %" in page  # (0.9 + 0.4) / 2.
 
 
-def _without_recipe(root):
-  (root / "base" / "recipe.json").unlink()
-  return "has no recipe.json; give the --work_dir of a run"
-
-
-def _with_torn_recipe(root):
-  path = root / "base" / "recipe.json"
-  path.write_text(path.read_text()[:40])
-  return "recipe.json is not the recipe of a run (Unterminated string"
-
-
-def _with_empty_recipe(root):
-  (root / "base" / "recipe.json").write_text('{"recipe": {"warmup": "none"}}')
-  return "recipe.json is not the recipe of a run (workers is not chosen yet"
-
-
-def _with_foreign_recipe(root):
-  (root / "base" / "recipe.json").write_text('{"recipe": {"depth": 3}}')
-  return "unexpected keyword argument 'depth'"
-
-
-def _with_torn_result(root):
-  (root / "base" / "result.json").write_text("[]")
-  return "result.json is not the result of a run"
-
-
-def _without_metrics(root):
-  (root / "base" / "metrics.jsonl").unlink()
-  return "has no metrics.jsonl"
-
-
-def _with_metrics_that_are_not_text(root):
-  (root / "base" / "metrics.jsonl").write_bytes(b"\xff\xfe\x00")
-  return "metrics.jsonl cannot be read"
-
-
-def _with_a_damaged_line(root):
-  path = root / "base" / "metrics.jsonl"
-  lines = path.read_text().splitlines()
-  path.write_text("\n".join([lines[0], lines[1][:9], *lines[2:]]))
-  return "metrics.jsonl is damaged in line 2 of 3"
-
-
-def _with_nan(root):
-  path = root / "base" / "metrics.jsonl"
-  path.write_text(path.read_text().replace('"error": 0.5}', '"error": NaN}'))
-  return "metrics.jsonl line 3: error is nan, not a finite number"
-
-
-def _with_an_epoch_that_is_text(root):
-  path = root / "base" / "metrics.jsonl"
-  path.write_text(path.read_text().replace('"epoch": 1,', '"epoch": "1",'))
-  return "metrics.jsonl is damaged in line 3 of 3"
-
-
-def _before_the_first_evaluation(root):
-  (root / "base" / "result.json").unlink()
-  path = root / "base" / "metrics.jsonl"
-  path.write_text(path.read_text().splitlines()[0] + "\n")
-  return "base has no evaluation yet; wait for its first epoch to end, or leave"
-
-
-@pytest.mark.parametrize(
-  "damage",
-  [
-    _without_recipe,
-    _with_torn_recipe,
-    _with_empty_recipe,
-    _with_foreign_recipe,
-    _with_torn_result,
-    _without_metrics,
-    _with_metrics_that_are_not_text,
-    _with_a_damaged_line,
-    _with_nan,
-    _with_an_epoch_that_is_text,
-    _before_the_first_evaluation,
-  ],
-)
-def test_damaged_runs_are_refused_in_one_line(tmp_path, damage):
-  base = _make_run(tmp_path, "base", [0.5])
-  message = damage(tmp_path)
-  with pytest.raises(UserError) as refused:
-    _compare(tmp_path, base)
-  assert message in str(refused.value)
-  assert str(tmp_path / "base") in str(refused.value)
-  assert "\n" not in str(refused.value)
-  assert not (tmp_path / "out").exists()
-
-
 def test_invalid_arguments_are_refused(tmp_path):
-  base = _make_run(tmp_path, "base", [0.5])
-  twin = _make_run(tmp_path, "twin", [0.5])
+  base = make_run(tmp_path, "base", [0.5])
+  twin = make_run(tmp_path, "twin", [0.5])
   nowhere = str(tmp_path / "nowhere")
   for arguments, options, message in (
     ((), {}, "No run was given"),
@@ -389,7 +254,7 @@ def test_invalid_arguments_are_refused(tmp_path):
 
 
 def test_the_last_line_of_a_run_that_still_trains_may_be_half_written(tmp_path):
-  base = _make_run(tmp_path, "base", [0.5], epochs=2, complete=False)
+  base = make_run(tmp_path, "base", [0.5], epochs=2, complete=False)
   with open(tmp_path / "base" / "metrics.jsonl", "a") as file:
     file.write('{"kind": "train", "st')
   assert "1 of 2" in _compare(tmp_path, base)[0]
@@ -399,7 +264,7 @@ def test_the_last_line_of_a_run_that_still_trains_may_be_half_written(tmp_path):
 
 
 def test_an_output_directory_that_cannot_be_written_is_refused(tmp_path):
-  base = _make_run(tmp_path, "base", [0.5])
+  base = make_run(tmp_path, "base", [0.5])
   (tmp_path / "file").write_text("")
   for output_dir in ("file", "file/below"):
     with pytest.raises(UserError, match=f"{output_dir} cannot be written .*; give another"):
@@ -424,8 +289,8 @@ def _run_program(*arguments, cwd=ROOT):
 
 
 def test_program_prints_the_verdict(tmp_path):
-  base = _make_run(tmp_path, "base", [0.5, 0.3])
-  other = _make_run(tmp_path, "other", [0.51, 0.31], workers=16)
+  base = make_run(tmp_path, "base", [0.5, 0.3])
+  other = make_run(tmp_path, "other", [0.51, 0.31], workers=16)
   done = _run_program("base", "other", f"--baseline={other}", "--tolerance=0.005", cwd=tmp_path)
   assert done.returncode == 0, done.stderr
   words = "kn 256 (k=8) never matches its baseline kn 512 (k=16): its validation error is below"

@@ -7,7 +7,7 @@ has no other use for it.
 import contextlib
 import os
 
-from tf_largebatch.errors import UserError, first_line
+from tf_largebatch.errors import UserError, summary
 
 
 def write_all(flag: str, contents: dict[str, bytes]):
@@ -30,7 +30,7 @@ def write_all(flag: str, contents: dict[str, bytes]):
     for path in contents:
       os.replace(partial[path], path)
   except OSError as error:
-    raise UserError(f"{flag} cannot be written ({first_line(error)}); give another.") from error
+    raise UserError(f"{flag} cannot be written ({summary(error)}); give another.") from error
   finally:
     for path in partial.values():
       with contextlib.suppress(OSError):

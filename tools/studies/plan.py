@@ -8,7 +8,7 @@ import tomllib
 from absl import flags
 
 from tf_largebatch import command_line, train
-from tf_largebatch.errors import UserError, first_line
+from tf_largebatch.errors import UserError, summary
 from tf_largebatch.recipe import Recipe
 
 _STUDIES = pathlib.Path(__file__).parent
@@ -53,7 +53,7 @@ def read_study(name: str) -> list[PlannedRun]:
     known = ", ".join(sorted(each.stem for each in _STUDIES.glob("*.toml")))
     raise UserError(f"There is no study {name}; give one of {known}, or a .toml file.") from error
   except (OSError, ValueError) as error:
-    raise UserError(f"{path} is not a study ({first_line(error)}).") from error
+    raise UserError(f"{path} is not a study ({summary(error)}).") from error
   table = {"title": "", "flags": [], **study}
   _check_table(path, table, {"title": str, "flags": list, "runs": list})
   planned = []

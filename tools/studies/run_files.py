@@ -10,7 +10,7 @@ import os
 import pathlib
 import platform
 
-from tf_largebatch.errors import UserError, first_line
+from tf_largebatch.errors import UserError, summary
 from tf_largebatch.recipe import Recipe
 from tools.studies import curves
 from tools.studies.plan import PlannedRun
@@ -62,7 +62,7 @@ def find_result(run: PlannedRun, results_dir: pathlib.Path) -> dict | None:
       recipe = Recipe(**result["recipe"])
     except (OSError, ValueError, TypeError, KeyError) as error:
       raise UserError(
-        f"{path} is not the result of a run ({first_line(error)}); remove it."
+        f"{path} is not the result of a run ({summary(error)}); remove it."
       ) from error
     if any(
       value is not None and value != getattr(recipe, name)
