@@ -1,11 +1,10 @@
 """Times a reader, and counts the CPU time that it and the rest of the machine use meanwhile."""
 
-import dataclasses
 import multiprocessing
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from tools.benchmark.readers.jpeg_readers import read_bare, read_dali, read_pillow
 from tools.benchmark.readers.task import BATCH, Task
@@ -17,30 +16,18 @@ from tools.benchmark.readers.tfrecord_readers import (
   read_ours_in_order,
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class Reader:
-  """A way to read batches.
-
-  Attributes:
-    batches: from a task to its batches.
-    package: what to install with pip if an import fails; None: nothing optional is imported.
-  """
-
-  batches: Callable[[Task], Iterator]
-  package: str | None = None
-
-
 READERS = {
-  "ours": Reader(read_ours),
-  "ours in order": Reader(read_ours_in_order),
-  "decode whole": Reader(read_decode_whole),
-  "model garden": Reader(read_model_garden),
-  "model garden uint8": Reader(read_model_garden_uint8),
-  "pillow": Reader(read_pillow, "pillow"),
-  "dali": Reader(read_dali, "nvidia-dali-cuda120"),
-  "bare libjpeg-turbo": Reader(read_bare),
+  "ours": read_ours,
+  "ours in order": read_ours_in_order,
+  "decode whole": read_decode_whole,
+  "model garden": read_model_garden,
+  "model garden uint8": read_model_garden_uint8,
+  "pillow": read_pillow,
+  "dali": read_dali,
+  "bare libjpeg-turbo": read_bare,
 }
+# What to install with pip for the readers that need more than this package does.
+_PACKAGES = {"pillow": "pillow", "dali": "nvidia-dali-cuda120"}
 
 
 def time_reader(task: Task, reader: str, warm_up: float, seconds: float) -> dict:
@@ -50,14 +37,13 @@ def time_reader(task: Task, reader: str, warm_up: float, seconds: float) -> dict
     {"images", "seconds", "cpu_seconds": of the reader, "others_seconds": CPU time of everything
     else on the machine}, or {"missing": why the reader cannot run}.
   """
-  chosen = READERS[reader]
   try:
-    batches = chosen.batches(task)
+    batches = READERS[reader](task)
     next(batches)
   except ImportError as error:
-    if chosen.package is None:
+    if reader not in _PACKAGES:
       raise
-    return {"missing": f"{error}; run pip install {chosen.package}"}
+    return {"missing": f"{error}; run pip install {_PACKAGES[reader]}"}
   _take_for(batches, warm_up)
   before = cpu_seconds(), machine_seconds()
   images, elapsed = _take_for(batches, seconds)

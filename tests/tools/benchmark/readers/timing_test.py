@@ -17,7 +17,7 @@ pytestmark = pytest.mark.xdist_group("benchmark_input")  # One process prepares 
 
 def _take(reader, count):
   """Copies of the first batches."""
-  batches = READERS[reader].batches(photographs.task())
+  batches = READERS[reader](photographs.task())
   taken = [(np.array(x), np.array(y)) for x, y in itertools.islice(batches, count)]
   if hasattr(batches, "close"):
     batches.close()  # Ends its processes.
