@@ -1,6 +1,6 @@
-"""The manifest of `tools/kubernetes/`, against the schemas and against what the trainer needs.
+"""Checks the manifest in `tools/kubernetes/` against its schemas and the trainer's requirements.
 
-The schemas are the OpenAPI models that Kubeflow's and Kubernetes' own Python packages carry.
+The schemas are the OpenAPI models in Kubeflow's and Kubernetes' own Python packages.
 """
 
 import copy
@@ -28,15 +28,17 @@ _PLAIN = {"bool": bool, "float": float, "int": int, "str": str, "Quantity": str}
 
 
 def check(kind, value, where):
-  """Builds the model that `kind` names; ValueError: fields unknown or missing, or of other types.
+  """Builds the model that `kind` names.
 
-  The models alone refuse only missing fields.
+  Raises:
+    ValueError: a field is missing, unknown or of another type. (The models themselves check only
+      for missing fields.)
   """
   if kind == "object":
     return value
   container = list if kind.startswith("list[") else _PLAIN.get(kind, dict)
   if type(value) is not container:
-    raise ValueError(f"{where}: {value!r} is no {kind}")
+    raise ValueError(f"{where}: {value!r} is not of type {kind}")
   if kind in _PLAIN:
     return value
   if kind.startswith("list["):
@@ -48,7 +50,7 @@ def check(kind, value, where):
   names = {field: name for name, field in model.attribute_map.items()}
   for field, item in value.items():
     if field not in names:
-      raise ValueError(f"{where}: {field} is no field of {kind}")
+      raise ValueError(f"{where}: {field} is not a field of {kind}")
     name = names[field]
     arguments[name] = check(model.openapi_types[name], item, f"{where}.{field}")
   try:
@@ -58,7 +60,7 @@ def check(kind, value, where):
 
 
 def load(text):
-  """The documents of a manifest, checked."""
+  """Returns the documents of a manifest after checking them."""
   documents = list(yaml.safe_load_all(text))
   for document in documents:
     check(_KINDS[document["apiVersion"], document["kind"]], document, document["kind"])
@@ -66,7 +68,10 @@ def load(text):
 
 
 def tf_config(job, job_type, index):
-  """What the operator sets in a pod, written by hand from its genTFConfigJSONStr; None: nothing."""
+  """Returns the operator's `TF_CONFIG` for a pod, None if it sets none.
+
+  Follows genTFConfigJSONStr in the operator's source.
+  """
   specs = job["spec"]["tfReplicaSpecs"]
   replicas = {kind.lower(): spec["replicas"] for kind, spec in specs.items()}
   if sum(replicas.values()) == 1:
@@ -105,16 +110,24 @@ def container(pod):
 @pytest.mark.parametrize(
   "right, wrong, message",
   [
-    ("cleanPodPolicy: R", "cleanPodsPolicy: R", "runPolicy: cleanPodsPolicy is no field"),
-    ("restartPolicy: E", "restart_policy: E", "Worker: restart_policy is no field"),
-    ("terminationGracePeriodSeconds: 9", "terminationGracePeriod: 9", "is no field of V1PodSpec"),
-    ("sizeLimit", "sizelimit", r"volumes\[2\]\.emptyDir: sizelimit is no field"),
-    ("accessModes", "accessMode", "PersistentVolumeClaim.spec: accessMode is no field"),
-    ("replicas: 2", 'replicas: "2"', "Worker.replicas: '2' is no int"),
-    ("replicas: 2", "replicas: true", "Worker.replicas: True is no int"),
-    ("readOnly: true", 'readOnly: "true"', "readOnly: 'true' is no bool"),
-    ('gpu: "8"', "gpu: 8", "limits.nvidia.com/gpu: 8 is no str"),
-    ("[ReadWriteMany]", "ReadWriteMany", r"accessModes: 'ReadWriteMany' is no list\[str\]"),
+    ("cleanPodPolicy: R", "cleanPodsPolicy: R", "runPolicy: cleanPodsPolicy is not a field"),
+    ("restartPolicy: E", "restart_policy: E", "Worker: restart_policy is not a field"),
+    (
+      "terminationGracePeriodSeconds: 9",
+      "terminationGracePeriod: 9",
+      "is not a field of V1PodSpec",
+    ),
+    ("sizeLimit", "sizelimit", r"volumes\[2\]\.emptyDir: sizelimit is not a field"),
+    ("accessModes", "accessMode", "PersistentVolumeClaim.spec: accessMode is not a field"),
+    ("replicas: 2", 'replicas: "2"', "Worker.replicas: '2' is not of type int"),
+    ("replicas: 2", "replicas: true", "Worker.replicas: True is not of type int"),
+    ("readOnly: true", 'readOnly: "true"', "readOnly: 'true' is not of type bool"),
+    ('gpu: "8"', "gpu: 8", "limits.nvidia.com/gpu: 8 is not of type str"),
+    (
+      "[ReadWriteMany]",
+      "ReadWriteMany",
+      r"accessModes: 'ReadWriteMany' is not of type list\[str\]",
+    ),
     ("  tfReplicaSpecs:", "status:\n  x:", "spec: .*tf_replica_specs.*must not be `None`"),
     ("containers:", "initContainers:", "template.spec: .*containers.*must not be `None`"),
     ("name: tensorflow", "image: other", r"containers\[0\]: .*name.*must not be `None`"),
@@ -129,22 +142,22 @@ def test_the_schema_is_strict(right, wrong, message):
     load(text)
 
 
-def test_the_operator_restarts_what_a_restart_helps(job, pod, container):
+def test_the_operator_restarts_only_where_that_helps(job, pod, container):
   assert job["spec"]["runPolicy"] == {"cleanPodPolicy": "Running", "activeDeadlineSeconds": 604800}
   assert set(job["spec"]) == {"runPolicy", "tfReplicaSpecs"}
   assert set(job["spec"]["tfReplicaSpecs"]) == {"Worker"}
   assert job["spec"]["tfReplicaSpecs"]["Worker"]["restartPolicy"] == "ExitCode"
   assert "restartPolicy" not in pod  # The operator would overwrite it.
-  # 30 s to save, and the rest of a step.
+  # At most 30 s to save, and the rest of a step.
   assert pod["terminationGracePeriodSeconds"] >= 60
-  # SIGALRM ends no process 1 (strategy._ended_by_alarm).
+  # SIGALRM does not end process 1 (strategy._ended_by_alarm).
   assert pod["shareProcessNamespace"] is True
-  # No shell between SIGTERM and the trainer.
+  # Without a shell, which would not forward SIGTERM.
   assert container["command"] == ["python", "-m", "tf_largebatch.train"]
 
 
-def test_every_pod_reads_the_cluster_that_the_operator_tells(job, container):
-  # Only the container of this name gets TF_CONFIG, with the port of this name.
+def test_every_pod_reads_the_cluster_that_the_operator_sets(job, container):
+  # The operator sets TF_CONFIG in the container of this name, with the port of this name.
   assert container["name"] == "tensorflow"
   assert container["ports"] == [{"name": "tfjob-port", "containerPort": 2222}]
   assert "env" not in container
@@ -165,7 +178,7 @@ def test_the_flags_fit_the_pods(job, container, monkeypatch):
   replicas = pods * int(container["resources"]["limits"]["nvidia.com/gpu"])
   assert replicas == 16
   assert recipe_from_flags(values).workers % replicas == 0
-  # What outlives a pod is on the volumes.
+  # Files that must outlive a pod are on the volumes.
   mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
   assert values.data_dir == "/data"
   assert mounts["/data"]["readOnly"]
@@ -189,14 +202,14 @@ def test_the_volumes_are_claimed(documents, pod, container):
   assert mounted == {"data": "/data", "runs": "/runs", "shm": "/dev/shm"}
 
 
-def test_the_quantities_can_be_read(documents, container):
+def test_the_quantities_are_valid(documents, container):
   claims = [document["spec"] for document in documents if document["kind"] != "TFJob"]
   resources = [claim["resources"] for claim in claims] + [container["resources"]]
   found = [value for part in resources for values in part.values() for value in values.values()]
   assert [parse_quantity(value) for value in found] == [100 << 30, 500 << 30, 32, 256 << 30, 8]
 
 
-def test_the_image_holds_what_there_is():
+def test_the_image_contains_what_exists():
   lines = (ROOT / "tools/kubernetes/Dockerfile").read_text().splitlines()
   copied = [line.split()[1] for line in lines if line.startswith("COPY ")]
   assert sorted(copied) == ["flags", "requirements.txt", "tf_largebatch", "tools"]
