@@ -88,7 +88,7 @@ def test_the_newest_is_restored_and_three_and_the_best_are_kept(tmp_path):
 
 def test_what_torn_saves_left_is_no_checkpoint_and_goes(tmp_path):
   save(tmp_path, 5)
-  (tmp_path / "step-0000000009.npz").write_bytes(b"no manifest")
+  (tmp_path / "step-0000000009.npz").write_bytes(b"not a manifest")
   (tmp_path / "step-0000000010.npz.partial").write_bytes(b"torn")
   (tmp_path / "notes.txt").write_text("the user's own")
   assert restore(tmp_path) == (5, 5.0)
@@ -118,7 +118,7 @@ DAMAGES = {
     "digest",
   ),
   "manifest of another": ("json", lambda c: Manifest(19, 1.0, 1, "").to_json().encode(), "step 19"),
-  "manifest no object": ("json", lambda content: b"[1]", "no manifest"),
+  "manifest no object": ("json", lambda content: b"[1]", "not a manifest"),
 }
 
 
@@ -224,7 +224,7 @@ def test_a_directory_that_cannot_be_written_is_told_and_tried_again(tmp_path, ca
   checkpoints = Checkpoints(str(directory), model, optimizer)
   checkpoints.save(1, 1.0)
   checkpoints.wait()
-  assert "The checkpoint of step 1 cannot be saved" in caplog.text
+  assert "Cannot save the checkpoint of step 1" in caplog.text
   directory.unlink()
   checkpoints.save(1, 1.0)  # The same step once more.
   checkpoints.wait()
@@ -245,7 +245,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, caplog):
         filler.write(b"x" * 4096)
     checkpoints.save(6, 1.0)
     checkpoints.wait()
-    assert "The checkpoint of step 6 cannot be saved" in caplog.text
+    assert "Cannot save the checkpoint of step 6" in caplog.text
     assert sorted(os.listdir(directory)) == ["filler", *names(5)]
     assert restore(directory)[0] == 5
     (directory / "filler").unlink()
