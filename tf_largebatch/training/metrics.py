@@ -61,8 +61,8 @@ class MetricsWriter:
       self._summaries = tf.summary.create_file_writer(os.path.join(work_dir, "tensorboard"))
     except files.FAILURES as error:
       raise UserError(
-        f"The metrics and tensorboard/ in {work_dir} cannot be written ({summary(error)}); make room "
-        "there."
+        f"The metrics and tensorboard/ in {work_dir} cannot be written ({summary(error)}); make "
+        "room there."
       ) from error
     self._records = [
       record
