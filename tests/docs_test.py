@@ -111,7 +111,9 @@ def test_the_flags_of_the_commands_exist(module):
     if words[:3] != ["python", "-m", module]:
       continue
     behind = words.index("--") if "--" in words else len(words)
-    for owner, part in ((module, words[3:behind]), ("tf_largebatch.train", words[behind + 1 :])):
+    started = [word.partition("=")[2] for word in words[3:behind] if word.startswith("--module=")]
+    inner = (started or ["tf_largebatch.train"])[0]
+    for owner, part in ((module, words[3:behind]), (inner, words[behind + 1 :])):
       for word in part:
         if match := re.match(r"--(?:no(?=deterministic|cache))?(\w+)", word):
           assert match[1] in flags_of(owner) | {"flagfile"}, (document, word, owner)
