@@ -39,11 +39,11 @@ from tf_largebatch.signals import end_process, print_line
 from tools import program
 from tools.benchmark import hardware, output
 from tools.benchmark.reductions import WIRES, bfloat16_error, time_reduce
-from tools.forecast import usual_classes
+from tools.forecasting.layers import usual_classes
 
 _CLASSES = (2**10, 2**14, 2**18, 2**22)  # Upper bounds in bytes; the last class has none.
-# A layer computes three products (output, gradients of its input and of its weights), of which
-# backprop computes two.
+# A layer computes three products: its output and, in backprop, the gradients of its input and its
+# weights.
 _BACKPROP = 2 / 3
 
 

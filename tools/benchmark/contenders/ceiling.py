@@ -4,7 +4,7 @@ import functools
 
 from tf_largebatch.recipe import Recipe
 from tools.benchmark.contenders.contender import Contender, Runner
-from tools.forecast import usual_classes
+from tools.forecasting.layers import usual_classes
 
 _SIDE = {"cpu": 2048, "gpu": 8192}
 _PRODUCTS = 8  # In what is timed as one step.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
-from tools.forecast import usual_classes
+from tools.forecasting.layers import usual_classes
 
 KINDS = ("ours", "loop", "keras", "fit", "torch", "torch_compiled")
 # Run options that decide how a step is computed.

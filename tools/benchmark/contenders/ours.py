@@ -7,7 +7,7 @@ import time
 from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
 from tools.benchmark.contenders.contender import Contender, Runner, random_batch
-from tools.forecast import usual_classes
+from tools.forecasting.layers import usual_classes
 
 
 def make_ours(contender: Contender, cluster) -> Runner:

@@ -4,7 +4,7 @@ import os
 
 from tf_largebatch.recipe import Recipe
 from tools.benchmark.contenders.contender import Contender, Runner, random_batch
-from tools.forecast import usual_classes
+from tools.forecasting.layers import usual_classes
 
 
 def make_torch(contender: Contender, cluster) -> Runner:

@@ -1,4 +1,4 @@
-"""A contender's process: builds the contender, then times its steps whenever it is told to."""
+"""A contender's process: builds the contender, then times its steps on request."""
 
 import collections
 import os
