@@ -18,6 +18,7 @@ machines; the tests cover them.
 import dataclasses
 import math
 import os
+import pathlib
 import time
 
 # The reference's matrix products are small, so threads would cost more than they gain.
@@ -27,15 +28,14 @@ from absl import flags
 
 from tf_largebatch.distributed.cluster import Cluster, read_cluster
 from tf_largebatch.errors import UserError
-from tools import program
-from tools.conformance import report
+from tools import output, program
 from tools.conformance.properties.checks import CHECKS, SLOW, verify
 from tools.conformance.properties.defaults import PAPER  # noqa: F401 (for tests/recipe_test.py)
 from tools.conformance.properties.result import Result
 
 
 def define_flags():
-  flags.DEFINE_string("output", "verify.json", "File for the results, as JSON.")
+  flags.DEFINE_string("output", "verify.json", "File for the results, as JSON; empty: none.")
   flags.DEFINE_enum(
     "communication", "auto", ["auto", "nccl", "ring"], "Collectives, as in a training run."
   )
@@ -52,26 +52,25 @@ def define_flags():
   )
 
 
-def _check_flags(cluster: Cluster) -> None:
-  """Reports a user's mistake before TensorFlow starts.
+def _check_flags(cluster: Cluster) -> pathlib.Path | None:
+  """Reports a user's mistake before TensorFlow starts; returns the file that the chief writes.
 
   Raises:
-    UserError: a property is unknown, the output cannot be written, or there are several tasks of
-      several logical CPUs.
+    UserError: a property is unknown, there are several tasks of several logical CPUs, or the output
+      cannot be written.
   """
   unknown = [name for name in flags.FLAGS.only if name not in CHECKS]
   if unknown:
     raise UserError(
       f"--only={','.join(unknown)}: there is no such property; use any of {', '.join(CHECKS)}."
     )
-  # Only the chief writes the file; if another task ended here, the rest would wait for it.
-  if cluster.is_chief:
-    report.output_path(flags.FLAGS.output)
   if flags.FLAGS.logical_cpus > 1 and cluster.num_tasks > 1:
     raise UserError(
       f"--logical_cpus={flags.FLAGS.logical_cpus} works with one task only; leave it out under "
       "TF_CONFIG, where TensorFlow uses one CPU per task."
     )
+  # Only the chief writes the file; if another task ended here, the rest would wait for it.
+  return output.output_path("--output", flags.FLAGS.output) if cluster.is_chief else None
 
 
 def _make_logical_cpus(count: int) -> None:
@@ -117,7 +116,7 @@ def _as_json(result: Result) -> dict:
 def main() -> bool:
   """Checks the properties and reports them; returns whether one fails."""
   cluster = read_cluster()
-  _check_flags(cluster)
+  path = _check_flags(cluster)
   if flags.FLAGS.logical_cpus > 1:
     _make_logical_cpus(flags.FLAGS.logical_cpus)
   import tensorflow as tf
@@ -134,16 +133,15 @@ def main() -> bool:
   if cluster.is_chief:
     description = describe(strategy, cluster, flags.FLAGS.communication)
     print(_table(results, description, seconds))
-    report.write(
-      report.output_path(flags.FLAGS.output),
-      {
-        "status": "failed" if failed else "verified",
-        "properties": [_as_json(result) for result in results],
-        "seconds": seconds,
-        "cluster": description,
-        "versions": versions(),
-      },
-    )
+    report = {
+      "status": "failed" if failed else "verified",
+      "properties": [_as_json(result) for result in results],
+      "seconds": seconds,
+      "cluster": description,
+      "versions": versions(),
+    }
+    if path:
+      output.write_json("--output", path, report)
   return failed
 
 

@@ -23,8 +23,7 @@ import tempfile
 from absl import flags
 
 from tf_largebatch.errors import UserError
-from tools import program
-from tools.conformance import report
+from tools import output, program
 from tools.conformance.mutations import MUTATIONS, Mutation
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -85,10 +84,10 @@ def run_verify(mutation: Mutation | None, only: str | None, at_once: int) -> dic
       timeout=_TIMEOUT,
       check=False,
     )
-    output = scratch / "verify.json"
-    if not output.exists():
+    report = scratch / "verify.json"
+    if not report.exists():
       raise RuntimeError(f"verify left no report: {finished.stdout[-2000:]}")
-    properties = json.loads(output.read_text())["properties"]
+    properties = json.loads(report.read_text())["properties"]
   failed = any(not result["holds"] for result in properties)
   assert finished.returncode == failed, (finished.returncode, properties)
   return {result["name"]: result for result in properties}
@@ -140,7 +139,7 @@ def main() -> bool:
     raise UserError(
       f"--only={','.join(unknown)}: there is no such mistake; use any of {', '.join(names)}."
     )
-  output = report.output_path(flags.FLAGS.output) if flags.FLAGS.output else None
+  path = output.output_path("--output", flags.FLAGS.output)
   chosen = [mutation for mutation in MUTATIONS if not only or mutation.name in only]
   print(f"{'mistake':<44}{'caught by':<22}{'deviation':>10}{'limit':>10}{'over limit':>16}  also")
   rows = []
@@ -149,8 +148,8 @@ def main() -> bool:
     for row in pool.map(measure, chosen if quick else [None, *chosen]):
       rows.append(row)
       print(_format(row), flush=True)
-  if output:
-    report.write(output, rows)
+  if path:
+    output.write_json("--output", path, rows)
   missed = [row["mistake"] for row in rows if not row["caught"]]
   print(f"Unexpected: {', '.join(missed)}." if missed else "Every mistake was caught.")
   return bool(missed)

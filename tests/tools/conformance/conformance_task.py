@@ -1,7 +1,7 @@
 """A task of `conformance_test`: runs the steps of its cases on this cluster and saves what it saw.
 
 python -m tools.launch_local --tasks=2 \\
-    --module=tests.tools.conformance.conformance_task -- DIR REPLICAS_A_TASK DTYPES
+    --module=tests.tools.conformance.conformance_task -- DIRECTORY REPLICAS_PER_TASK DTYPES
 """
 
 import os

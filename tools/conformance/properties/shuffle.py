@@ -37,7 +37,7 @@ def shuffle_results(ids: np.ndarray, recipe: Recipe) -> list[Result]:
       "sample order",
       _strays(ids, recipe, total),
       0,
-      "examples of the first and last step that differ on one device, or not with another seed",
+      "examples of first and last step unlike those on one device, or alike with another seed",
     ),
   ]
 
