@@ -4,7 +4,7 @@ import os
 import pathlib
 from collections.abc import Iterable
 
-from tf_largebatch.errors import UserError, first_line
+from tf_largebatch.errors import UserError, summary
 
 
 def json_path(value: str | None) -> pathlib.Path | None:
@@ -34,7 +34,7 @@ def write_json(path: pathlib.Path, report: dict):
   try:
     files.write_json(str(path), report)
   except files.FAILURES as error:
-    raise UserError(f"--json={path} cannot be written ({first_line(error)}).") from error
+    raise UserError(f"--json={path} cannot be written ({summary(error)}).") from error
 
 
 def table_line(label: object, label_width: int, cells: Iterable[object], cell_width: int) -> str:

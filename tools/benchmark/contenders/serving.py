@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from tf_largebatch import train
-from tf_largebatch.errors import UserError, first_line
+from tf_largebatch.errors import UserError, summary
 from tf_largebatch.recipe import Recipe
 from tools.benchmark import harness
 from tools.benchmark.contenders.ceiling import make_product
@@ -51,7 +51,7 @@ def serve():
     runner.run(1)
     runner.run(1)
   except (UserError, ImportError) as error:
-    harness.report({"error": f"{contender.name}: {first_line(error)}"})
+    harness.report({"error": f"{contender.name}: {summary(error)}"})
     return
   harness.report({"passes": runner.passes})
   for message in messages:
