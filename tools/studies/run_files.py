@@ -8,10 +8,10 @@ import glob
 import json
 import os
 import pathlib
-import platform
 
 from tf_largebatch.errors import UserError, summary
 from tf_largebatch.recipe import Recipe
+from tools import hardware
 from tools.studies import curves
 from tools.studies.plan import PlannedRun
 
@@ -102,17 +102,9 @@ def make_result(run: PlannedRun, work_dir: pathlib.Path, cores: int, divergence:
     "validation_error": _round(validation),
     **facts,
     "flags": list(run.flags),
-    "hardware": {"cpu": _processor(), "cores": cores},
+    "hardware": {"cpu": hardware.cpu_name(), "cores": cores},
   }
 
 
 def _round(curve: dict[float, float]) -> dict[str, float]:
   return {f"{epoch:g}": round(error, _DIGITS) for epoch, error in curve.items()}
-
-
-def _processor() -> str:
-  with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
-    for line in lines:
-      if line.startswith("model name"):
-        return line.split(":", 1)[1].strip()
-  return platform.machine()
