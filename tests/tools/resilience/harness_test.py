@@ -65,4 +65,7 @@ finally:
     process.send_signal(number)
     assert process.wait(timeout=10) == status
   _, left = psutil.wait_procs(started, timeout=10)
-  assert not [one for one in left if one.status() != psutil.STATUS_ZOMBIE]
+  left = [one for one in left if one.status() != psutil.STATUS_ZOMBIE]
+  for one in left:
+    one.kill()
+  assert not left
