@@ -49,9 +49,6 @@ def summary(message: object) -> str:
   return _cut(" ".join(text.split()).rstrip(" ."), _LONGEST_SUMMARY) or type(message).__name__
 
 
-first_line = summary  # The name that callers used before.
-
-
 def one_line(text: str) -> str:
   """Returns the text on one line: unprintable characters escaped, the middle of a long text cut.
 

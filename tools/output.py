@@ -1,7 +1,8 @@
-"""The JSON file that a flag of a program names, e.g. --json."""
+"""What a program prints as a table, and the JSON file that one of its flags names."""
 
 import os
 import pathlib
+from collections.abc import Iterable
 
 from tf_largebatch.errors import UserError, summary
 
@@ -34,3 +35,8 @@ def write_json(flag: str, path: pathlib.Path, measured: dict | list):
     files.write_json(str(path), measured)
   except files.FAILURES as error:
     raise UserError(f"{flag}={path} cannot be written ({summary(error)}).") from error
+
+
+def table_line(label: object, label_width: int, cells: Iterable[object], cell_width: int) -> str:
+  """Returns a line of a table: the label on the left, the cells in columns on the right."""
+  return f"{label!s:<{label_width}}" + "".join(f"{cell!s:>{cell_width}}" for cell in cells)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from absl import app, flags
 
 from tf_largebatch.errors import InterruptedRunError, UserError
+from tf_largebatch.signals import end_process, print_line
 
 
 def run(
@@ -25,7 +26,7 @@ def run(
   """
   define_flags()
   app.run(
-    lambda argv: call(main, argv[1:], takes_arguments),
+    lambda argv: _call_or_end(main, argv[1:], takes_arguments),
     flags_parser=lambda argv: _parse_flags(argv, unknown_flag_hint),
   )
 
@@ -42,11 +43,21 @@ def call(
         f"Unexpected argument {arguments[0]!r}; every option is a flag, --name=value."
       )
     return int(main() or 0)
-  except (UserError, InterruptedRunError) as error:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+  except UserError as error:
+    print_line(f"error: {error}")
     return error.status
   except KeyboardInterrupt:
     return 130
+
+
+def _call_or_end(
+  main: Callable[..., int | None], arguments: list[str], takes_arguments: bool
+) -> int:
+  try:
+    return call(main, arguments, takes_arguments)
+  except InterruptedRunError as error:
+    print_line(f"error: {error}")
+    end_process(error.status)  # The interpreter's own exit would wait for the lost tasks.
 
 
 def _parse_flags(argv: list[str], unknown_flag_hint: str) -> list[str]:
@@ -54,5 +65,5 @@ def _parse_flags(argv: list[str], unknown_flag_hint: str) -> list[str]:
     return flags.FLAGS(argv)
   except flags.Error as error:
     hint = unknown_flag_hint if isinstance(error, flags.UnrecognizedFlagError) else ""
-    print(f"error: {error}{hint}", file=sys.stderr)
+    print_line(f"error: {error}{hint}")
     sys.exit(1)

@@ -25,3 +25,7 @@ def test_a_directory_that_disappears_is_a_user_error(tmp_path):
   tmp_path.rmdir()
   with pytest.raises(UserError, match=r"--output=.*figures\.json cannot be written \("):
     output.write_json("--output", path, {})
+
+
+def test_lines_of_a_table():
+  assert output.table_line("name", 6, ["a", 10], 4) == "name     a  10"

@@ -33,11 +33,9 @@ from absl import flags
 
 # TensorFlow and Keras are imported where they are used, after the flags have been checked.
 from tf_largebatch.distributed.cluster import Cluster, read_cluster
-from tf_largebatch.errors import InterruptedRunError, UserError
+from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import NETWORKS
-from tf_largebatch.signals import end_process, print_line
-from tools import program
-from tools.benchmark import hardware, output
+from tools import hardware, output, program
 from tools.benchmark.reductions import WIRES, bfloat16_error, time_reduce
 from tools.forecasting.layers import usual_classes
 
@@ -287,22 +285,18 @@ def run(values: flags.FlagValues):
     UserError: a flag is refused, or a sum is wrong.
     InterruptedRunError: a task was lost.
   """
-  settings, path = _settings(values), output.json_path(values.json)
+  settings, path = _settings(values), output.output_path("--json", values.json)
   cluster = read_cluster()
   from tf_largebatch.distributed.lost_tasks import report_lost_tasks
 
   with report_lost_tasks(cluster, lambda: None):
     found = measure(cluster, settings)
   if found and path and cluster.is_chief:
-    output.write_json(path, found)
+    output.write_json("--json", path, found)
 
 
 def main():
-  try:
-    run(flags.FLAGS)
-  except InterruptedRunError as error:
-    print_line(f"error: {error}")
-    end_process(error.status)  # The interpreter's own exit would wait for the lost tasks.
+  run(flags.FLAGS)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ import tempfile
 from absl import flags
 
 from tf_largebatch.errors import UserError
-from tools import program
-from tools.benchmark import hardware, harness, output
+from tools import hardware, output, program
+from tools.benchmark import harness
 from tools.benchmark.readers.jobs import run_alone
 from tools.benchmark.readers.pixels import DECODERS
 from tools.benchmark.readers.task import BATCH, SIDE, Task
@@ -202,7 +202,7 @@ def main():
   unknown = [reader for reader in values.readers if reader not in READERS]
   if unknown or not values.readers:
     raise UserError(f"--readers={','.join(unknown)}: unknown; use some of {', '.join(READERS)}.")
-  path = output.json_path(values.json)
+  path = output.output_path("--json", values.json)
   available = len(os.sched_getaffinity(0))
   cores = values.cores or available
   if cores > available:
@@ -236,7 +236,7 @@ def main():
   }
   print("\n".join([*to_table(rows, heading), *_notes(report, rows)]))
   if path:
-    output.write_json(path, report)
+    output.write_json("--json", path, report)
 
 
 if __name__ == "__main__":

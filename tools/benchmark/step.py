@@ -47,8 +47,8 @@ from absl import flags
 from tf_largebatch import command_line
 from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
-from tools import program
-from tools.benchmark import hardware, harness, output
+from tools import hardware, output, program
+from tools.benchmark import harness
 from tools.benchmark.contenders.ceiling import ceiling_of, count_work, product_flops
 from tools.benchmark.contenders.contender import STEP_OPTIONS, Contender, parse_contender
 from tools.benchmark.contenders.tasks import Tasks
@@ -223,7 +223,7 @@ def _contenders_from_flags() -> list[Contender]:
 def main():
   values = flags.FLAGS
   harness.exit_on_sigterm()
-  path = output.json_path(values.json)
+  path = output.output_path("--json", values.json)
   contenders = _contenders_from_flags()
   results = measure(contenders, values.repeats, values.steps, values.profile)
   # Only now, when TensorFlow no longer takes memory, of the GPU either, from a contender.
@@ -237,7 +237,7 @@ def main():
   if path:
     summary["versions"] = hardware.versions("tensorflow", "keras", "torch", "numpy")
     summary["hardware"] = hardware.describe()
-    output.write_json(path, summary)
+    output.write_json("--json", path, summary)
 
 
 if __name__ == "__main__":

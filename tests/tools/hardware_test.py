@@ -4,7 +4,7 @@ import platform
 
 import numpy as np
 
-from tools.benchmark import hardware
+from tools import hardware
 
 
 def test_cpu_name(tmp_path):
