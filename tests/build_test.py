@@ -13,7 +13,8 @@ from tests.launching import ROOT
 # Folders of the package, and the modules beside them, from the ground up. A module may import what
 # lies on lower floors and, in a folder, its neighbours.
 _FLOORS = (
-  {"errors", "fields", "files", "signals"},
+  {"errors"},
+  {"fields", "files", "signals"},
   {"recipe", "options"},
   {"command_line"},
   {"data", "distributed", "models", "optim"},
@@ -28,6 +29,7 @@ _KNOW_FLAGS = {"tf_largebatch.command_line", "tf_largebatch.train"}
 _RUN = {"tools.launch_local": {"tf_largebatch.train"}}  # The default of its flag --module.
 # What each py_test needs and no module imports; a filegroup holds it.
 TEST_SUPPORT = {"tests/conftest.py", "tests/pytest_main.py"}
+_MACROS = {"library", "package_init", "program", "pytest_test"}
 
 
 def read_tree():
@@ -76,20 +78,17 @@ def needed(tree, module):
 
 
 def targets(tree):
-  """The calls of `BUILD`, a (kind, arguments) each; what is not a literal (a glob) is None."""
+  """(macro, name, deps) of each target that a macro of `tests/defs.bzl` makes in `BUILD`."""
   for node in ast.parse(tree["BUILD"]).body:
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-      arguments = {}
-      for keyword in node.value.keywords:
-        try:
-          arguments[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError:
-          arguments[keyword.arg] = None
-      yield node.value.func.id, arguments
+    call = getattr(node, "value", None)
+    if isinstance(call, ast.Call) and call.func.id in _MACROS:
+      arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+      yield call.func.id, ast.literal_eval(call.args[0]), arguments.get("deps", [])
 
 
 def label(module):
-  return ":" + module.replace(".", "/")
+  """The name of a module's target."""
+  return module.replace(".", "/")
 
 
 def is_test(module):
@@ -101,53 +100,41 @@ def is_test_support(path):
   return path in TEST_SUPPORT or (path.startswith("tests/") and path.endswith("/__init__.py"))
 
 
-def kind_of(module, text):
+def kind_of(module, path, text):
+  """The macro that makes a module's target."""
+  if path.endswith("/__init__.py"):
+    return "package_init"
   if is_test(module):
     return "pytest_test"
-  return "py_binary" if '\nif __name__ == "__main__":\n' in text else "py_library"
+  return "program" if '\nif __name__ == "__main__":\n' in text else "library"
 
 
 def target_problems(tree):
   """Each source has one target, of its name and of the right kind, and each target its source."""
-  known = sources(tree)
   owners = collections.defaultdict(list)
-  for kind, arguments in targets(tree):
-    paths = arguments.get("srcs") or ()
-    if kind == "pytest_test":
-      paths = [arguments["name"] + ".py"]
-    for path in paths:
-      owners[path].append((kind, ":" + arguments["name"]))
-      if path.endswith(".py") and path not in tree:
-        yield f"{path} has a target but is not there"
-  for module, path in known.items():
-    if is_test_support(path):
-      continue
-    expected = (kind_of(module, tree[path]), label(module))
-    if owners[path] != [expected]:
+  for kind, name, _ in targets(tree):
+    path = f"{name}/__init__.py" if kind == "package_init" else f"{name}.py"
+    owners[path].append(kind)
+    if path not in tree:
+      yield f"{path} has a target but is not there"
+  for module, path in sources(tree).items():
+    expected = [] if is_test_support(path) else [kind_of(module, path, tree[path])]
+    if owners[path] != expected:
       yield f"{path} has the targets {owners[path]}, not {expected}"
 
 
 def expected_dependencies(tree, module):
-  """What a module imports or runs, and its own packages, which Python imports first."""
-  expected = {label(name) for name in needed(tree, module)}
-  package = module.rpartition(".")[0]
-  if package and not module.startswith("tests."):
-    expected.add(label(package))
-  return expected - {label("tests")}
+  """What a module imports or runs; the macros add its own package."""
+  own = {label(module.rpartition(".")[0]), "tests"}
+  return sorted({label(name) for name in needed(tree, module)} - own)
 
 
 def dependency_problems(tree):
-  rules = {
-    ":" + arguments["name"]: arguments
-    for kind, arguments in targets(tree)
-    if kind in ("py_binary", "py_library", "pytest_test")
-  }
-  for module in sources(tree):
-    if label(module) in rules:
-      given = rules[label(module)].get("deps", [])
-      expected = expected_dependencies(tree, module)
-      if sorted(given) != sorted(expected):
-        yield f"{label(module)} has deps {sorted(given)}, not {sorted(expected)}"
+  modules = {label(module): module for module in sources(tree)}
+  for _, name, given in targets(tree):
+    expected = expected_dependencies(tree, modules[name]) if name in modules else given
+    if sorted(given) != expected:
+      yield f"{name} has deps {sorted(given)}, not {expected}"
 
 
 def floor_of(module):
@@ -208,7 +195,7 @@ def test_the_tree_is_not_empty():
 
 
 _SGD, _RECIPE = "tf_largebatch/optim/sgd.py", "tf_largebatch/recipe.py"
-_SGD_LABEL = ":tf_largebatch/optim/sgd"
+_SGD_DEPS = "tf_largebatch/optim/sgd has deps []"
 _BELOW = "which is not below it"
 
 
@@ -219,7 +206,7 @@ _BELOW = "which is not below it"
       "tf_largebatch/utils.py",
       "",
       [
-        "tf_largebatch/utils.py has the targets [], not ('py_library', ':tf_largebatch/utils')",
+        "tf_largebatch/utils.py has the targets [], not ['library']",
         "tf_largebatch.utils is on no floor",
       ],
       id="new module",
@@ -227,70 +214,53 @@ _BELOW = "which is not below it"
     pytest.param(
       "tests/data/new_test.py",
       "",
-      ["tests/data/new_test.py has the targets [], not ('pytest_test', ':tests/data/new_test')"],
+      ["tests/data/new_test.py has the targets [], not ['pytest_test']"],
       id="new test",
     ),
     pytest.param(
       "tools/new.py",
       '\nif __name__ == "__main__":\n  pass',
-      ["tools/new.py has the targets [], not ('py_binary', ':tools/new')"],
+      ["tools/new.py has the targets [], not ['program']"],
       id="new tool",
     ),
     pytest.param(
       "BUILD",
-      'py_library(name = "gone", srcs = ["tf_largebatch/gone.py"])',
-      ["tf_largebatch/gone.py has a target but is not there"],
+      'library("tools/gone")',
+      ["tools/gone.py has a target but is not there"],
       id="target without source",
     ),
     pytest.param(
       "BUILD",
-      'pytest_test(name = "tests/gone_test")',
-      ["tests/gone_test.py has a target but is not there"],
-      id="test without source",
-    ),
-    pytest.param(
-      "BUILD",
-      'py_library(name = "sgd", srcs = ["tf_largebatch/optim/sgd.py"])',
-      [
-        f"tf_largebatch/optim/sgd.py has the targets [('py_library', '{_SGD_LABEL}'), "
-        f"('py_library', ':sgd')], not ('py_library', '{_SGD_LABEL}')"
-      ],
+      'library("tf_largebatch/optim/sgd")',
+      ["tf_largebatch/optim/sgd.py has the targets ['library', 'library'], not ['library']"],
       id="two targets",
     ),
     pytest.param(
-      _SGD,
-      "from tf_largebatch import files",
-      [
-        f"{_SGD_LABEL} has deps [':tf_largebatch/optim'], not "
-        "[':tf_largebatch/files', ':tf_largebatch/optim']"
-      ],
-      id="missing dependency",
-    ),
-    pytest.param(
-      _SGD,
-      "def f():\n  from tf_largebatch import files",
-      [
-        f"{_SGD_LABEL} has deps [':tf_largebatch/optim'], not "
-        "[':tf_largebatch/files', ':tf_largebatch/optim']"
-      ],
-      id="missing dependency of a function",
-    ),
-    pytest.param(
       "BUILD",
-      'py_library(name = "tf_largebatch/optim/sgd", '
-      'deps = [":tf_largebatch/files", ":tf_largebatch/optim"])',
+      'library("tf_largebatch/optim/sgd", deps = ["tf_largebatch/files"])',
       [
-        f"{_SGD_LABEL} has deps [':tf_largebatch/files', ':tf_largebatch/optim'], not "
-        "[':tf_largebatch/optim']"
+        "tf_largebatch/optim/sgd.py has the targets ['library', 'library'], not ['library']",
+        "tf_largebatch/optim/sgd has deps ['tf_largebatch/files'], not []",
       ],
       id="needless dependency",
     ),
     pytest.param(
       _SGD,
+      "from tf_largebatch import files",
+      [f"{_SGD_DEPS}, not ['tf_largebatch/files']"],
+      id="missing dependency",
+    ),
+    pytest.param(
+      _SGD,
+      "def f():\n  from tf_largebatch import files",
+      [f"{_SGD_DEPS}, not ['tf_largebatch/files']"],
+      id="missing dependency of a function",
+    ),
+    pytest.param(
+      _SGD,
       "from tf_largebatch.models import resnet",
       [
-        f"{_SGD_LABEL} has deps [':tf_largebatch/optim'], not "
-        "[':tf_largebatch/models/resnet', ':tf_largebatch/optim']",
+        f"{_SGD_DEPS}, not ['tf_largebatch/models/resnet']",
         f"tf_largebatch.optim.sgd imports tf_largebatch.models.resnet, {_BELOW}",
       ],
       id="import of another folder on the floor",
@@ -299,8 +269,7 @@ _BELOW = "which is not below it"
       _SGD,
       "from tf_largebatch.training import trainer",
       [
-        f"{_SGD_LABEL} has deps [':tf_largebatch/optim'], not "
-        "[':tf_largebatch/optim', ':tf_largebatch/training/trainer']",
+        f"{_SGD_DEPS}, not ['tf_largebatch/training/trainer']",
         f"tf_largebatch.optim.sgd imports tf_largebatch.training.trainer, {_BELOW}",
       ],
       id="import upwards",
@@ -309,8 +278,7 @@ _BELOW = "which is not below it"
       _SGD,
       "COMMAND = ['-m', 'tools.launch_local']",
       [
-        f"{_SGD_LABEL} has deps [':tf_largebatch/optim'], not "
-        "[':tf_largebatch/optim', ':tools/launch_local']",
+        f"{_SGD_DEPS}, not ['tools/launch_local']",
         f"tf_largebatch.optim.sgd imports tools.launch_local, {_BELOW}",
       ],
       id="tool",

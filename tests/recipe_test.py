@@ -13,7 +13,7 @@ import pytest
 import tf_largebatch
 from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe, scaled_learning_rate
-from tools import verify
+from tools.conformance.properties.defaults import PAPER
 
 
 def test_the_defaults_are_the_papers():
@@ -27,7 +27,7 @@ def test_the_defaults_are_the_papers():
     "channel_std": None,
     "dtype": "float32",
     "workers": None,
-    **verify.PAPER,
+    **PAPER,
     "seed": 0,
   }
 

@@ -26,7 +26,7 @@ from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import NETWORKS
 from tools import program
 from tools.forecasting.allreduce import ALGORITHMS, fit
-from tools.forecasting.layers import gradient_layers, usual_classes  # noqa: F401 - For benchmarks.
+from tools.forecasting.layers import gradient_layers
 from tools.forecasting.measurements import MeasuredStep, positive, read_points, read_step
 from tools.forecasting.model import Cluster, Step, forecast_gpus, forecast_tasks
 from tools.forecasting.paper import compare_with_paper

@@ -30,7 +30,6 @@ from tf_largebatch.distributed.cluster import Cluster, read_cluster
 from tf_largebatch.errors import UserError
 from tools import output, program
 from tools.conformance.properties.checks import CHECKS, SLOW, verify
-from tools.conformance.properties.defaults import PAPER  # noqa: F401 (for tests/recipe_test.py)
 from tools.conformance.properties.result import Result
 
 
