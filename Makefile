@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-# Without instructions for bfloat16, a CPU is many times slower at it than at float32.
-DTYPE := $(if $(shell grep -m1 -oE 'avx512_bf16|amx_bf16' /proc/cpuinfo),bfloat16,float32)
+# A CPU that has to emulate bfloat16 trains many times slower in it than in float32.
+EMULATES := from tf_largebatch.training.environment import emulates
+DTYPE = $(shell $(RUN) -c "$(EMULATES); print('float32' if emulates('bfloat16') else 'bfloat16')")
 
 # Tests start many processes, and with this variable each would compile TensorFlow's modules again.
 unexport PYTHONDONTWRITEBYTECODE

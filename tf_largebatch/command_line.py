@@ -37,6 +37,7 @@ class _Parser(flags.ArgumentParser):
       raise ValueError("use true, false or auto")
     if self._kind in (int, float):
       return _number(self._kind, argument)
+    # What is left are lists of numbers.
     return tuple(_number(float, item) for item in argument.split(",") if item.strip())
 
 

@@ -38,7 +38,7 @@ def kind_of(field: dataclasses.Field) -> tuple[type, bool]:
   return field.type, False
 
 
-def check(instance) -> None:
+def convert_and_check(instance) -> None:
   """Converts each field of a dataclass to its type (int to float) and checks its bounds.
 
   Raises:

@@ -1,4 +1,4 @@
-"""Run options: where and how a run goes, never what it computes."""
+"""Run options: where and how a run goes. The recipe decides what it computes."""
 
 import dataclasses
 import os
@@ -44,7 +44,10 @@ class RunOptions:
     at_least=0.1,
   )
   log_every_steps: int = declare(
-    10, "Steps between two training records, which hold means over these steps.", at_least=1
+    10,
+    "Steps between two training records, which hold means over these steps. An epoch's end and a "
+    "checkpoint end a record early.",
+    at_least=1,
   )
   evaluation_batch_size: int = declare(
     128, "Images that a device evaluates at once.", at_least=1, below=2**31
@@ -79,7 +82,7 @@ class RunOptions:
   )
   bytes_per_pack: int = declare(
     2**24,
-    "Minimum bytes of gradients that travel between devices together. 0: all gradients.",
+    "Minimum bytes of gradients that travel between devices together. 0: one pack.",
     at_least=0,
     below=2**31,
   )
@@ -88,7 +91,7 @@ class RunOptions:
   )
 
   def __post_init__(self):
-    fields.check(self)
+    fields.convert_and_check(self)
     for name in _PATHS:
       path = getattr(self, name)
       if path or name != "work_dir":  # The run itself requires a work_dir.

@@ -162,7 +162,7 @@ class Recipe:
   )
 
   def __post_init__(self):
-    fields.check(self)
+    fields.convert_and_check(self)
     if self.workers is None or self.warms_up:
       fields.require(
         self,

@@ -68,13 +68,12 @@ class Loop:
       UserError: training diverged, or an example cannot be read.
     """
     for epoch in range(first, self.recipe.epochs + 1):
-      if self.train_to(epoch * self.steps_per_epoch):
-        self.checkpoints.save(self.done, self.seconds)  # Written during the evaluation.
-        if self._evaluate_epoch():
-          continue
-      self.checkpoints.save(self.done, self.seconds)
-      self.checkpoints.wait()
-      return False
+      complete = self.train_to(epoch * self.steps_per_epoch)
+      self.checkpoints.save(self.done, self.seconds)  # Written during the evaluation.
+      if not (complete and self._evaluate_epoch()):
+        self.checkpoints.save(self.done, self.seconds)  # Again, if the first try failed.
+        self.checkpoints.wait()
+        return False
     return True
 
   def train_to(self, last: int) -> bool:
@@ -85,9 +84,9 @@ class Loop:
       batch = window.next_batch(self.batches)
       scalars = self.train_step(batch, tf.constant(float(self.stop.signal is not None)))
       self.done += 1
-      # The previous step's scalars are read while the device computes this step, unless they were
-      # read at once for a record. All tasks learn of a request from the same sum, so all stop
-      # after the step that follows it, whenever each of them reads. A single task need not ask.
+      # Read the previous step's scalars while the device computes this one. (If that step ended a
+      # record, they were read at once.) A request to stop is part of these scalars, the same for
+      # all tasks, so all stop after the same step; a task on its own can check the signal itself.
       if previous is not None:
         self._read(window, self.done - 1, previous)
       stops = self.stop_requested or (self.alone and self.stop.signal is not None)

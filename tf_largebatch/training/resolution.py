@@ -11,7 +11,7 @@ from tf_largebatch.recipe import Recipe
 from tf_largebatch.training import work_directory
 
 _SMALL = 64  # Pixels: up to this side, square images are trained at their own size.
-# Options that every task must share, because they decide which collectives a task runs.
+# Options that must be equal on all tasks: they decide what a task sends, or when it reports.
 _SHARED = (
   *("evaluation_batch_size", "log_every_steps", "bad_examples"),
   *("allreduce_dtype", "bytes_per_pack"),

@@ -42,8 +42,8 @@ def make_replica_sums(model: keras.Model, recipe: Recipe, options: RunOptions) -
       loss_scale: multiplies the loss of a worker's mean image before backprop and divides its
         gradient afterwards; None: no scaling.
     It returns (gradients, moving statistics, loss, error): the workers' sums, each already divided
-    by the kn images (loss, gradients, error: remark 3) or the k workers (statistics) of the whole
-    step, so that the sum over the replicas is complete.
+    by the kn images (loss, gradients, error: the paper's remark 3) or the k workers (statistics) of
+    the whole step, so that the sum over the replicas is complete.
   """
   images_in_step, workers = recipe.global_batch_size, recipe.workers
   workers_per_pass = options.workers_per_pass or 1

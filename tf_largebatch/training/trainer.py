@@ -1,4 +1,4 @@
-"""A run, stage by stage: resolve, open the data, build, restore, loop, finish."""
+"""A run, stage by stage: 1 resolve, 2 open the data, 3 build, 4 restore, 5 loop, 6 finish."""
 
 import contextlib
 import dataclasses
@@ -80,7 +80,7 @@ def train_and_evaluate(
     loop.seconds = restored.seconds if restored else 0.0
     with stop.deferring_signals():
       complete = loop.run_epochs(evaluated + 1)
-      meet(strategy)  # Until the chief has saved, and all tasks have left the last step.
+      meet(strategy)  # Wait until the chief has saved and all tasks have left the last step.
       if not complete:
         raise loop.interruption()
     return _finish(run, loop)

@@ -1,4 +1,4 @@
-r"""Shows that `tools.verify` can fail, by making the paper's subtle mistakes one at a time.
+r"""Shows that `tools.verify` can fail: makes the subtle mistakes that the paper warns of, one by one.
 
   python -m tools.conformance.negative_controls
   python -m tools.conformance.negative_controls --quick --only="warmup from 0,decoupled decay"
