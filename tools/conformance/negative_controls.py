@@ -1,4 +1,4 @@
-r"""Shows that `tools.verify` can fail: makes the subtle mistakes that the paper warns of, one by one.
+r"""Shows that `tools.verify` can fail: makes subtle mistakes that the paper warns of, one by one.
 
   python -m tools.conformance.negative_controls
   python -m tools.conformance.negative_controls --quick --only="warmup from 0,decoupled decay"
