@@ -1,4 +1,4 @@
-"""`BUILD` agrees with the sources, and imports between folders go down only."""
+"""`BUILD` matches the sources, and imports between folders go down only."""
 
 import ast
 import collections
@@ -10,8 +10,8 @@ import pytest
 
 from tests.launching import ROOT
 
-# Folders of the package, and the modules beside them, from the ground up. A module may import what
-# lies on lower floors and, in a folder, its neighbours.
+# The package's folders and top-level modules, from the lowest floor up. A module may import from
+# lower floors and from its own folder.
 _FLOORS = (
   {"errors"},
   {"fields", "files", "signals"},
@@ -21,13 +21,13 @@ _FLOORS = (
   {"training"},
   {"train"},
 )
-# Imported where TensorFlow must not be, yet.
+# Modules that are imported before TensorFlow.
 _LIGHT = {"tf_largebatch", "errors", "fields", "signals", "recipe", "options"}
-# The modules of the package that know absl's flags; the second is its one program.
+# The modules of the package that may import absl's flags.
 _KNOW_FLAGS = {"tf_largebatch.command_line", "tf_largebatch.train"}
-# What a program runs as a process without `-m` beside the name in its source.
+# Modules that a program runs as a process although its source has no `-m` before their names.
 _RUN = {"tools.launch_local": {"tf_largebatch.train"}}  # The default of its flag --module.
-# What each py_test needs and no module imports; a filegroup holds it.
+# Needed by every pytest_test but imported by no module; they are in a filegroup.
 TEST_SUPPORT = {"tests/conftest.py", "tests/pytest_main.py"}
 _MACROS = {"library", "package_init", "program", "pytest_test"}
 
@@ -41,21 +41,21 @@ def read_tree():
 
 
 def sources(tree):
-  """Paths by the names that `import` takes."""
+  """Paths by module name."""
   paths = sorted(path for path in tree if path.endswith(".py"))
   stems = (path.removesuffix(".py").removesuffix("/__init__") for path in paths)
   return dict(zip((stem.replace("/", ".") for stem in stems), paths, strict=True))
 
 
-@functools.cache  # Every check and every case reads the same sources.
+@functools.cache  # All checks and cases read the same sources.
 def names(text):
-  """What a source imports, at the top or in a function, and runs by `-m` or `run_module`."""
+  """Names that a source imports, at the top or in a function, or runs by `-m` or `run_module`."""
   found = []
   for node in ast.walk(ast.parse(text)):
     if isinstance(node, ast.Import):
       found += (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
-      # A relative import keeps its dots here, and so is no known name.
+      # A relative import keeps its dots, so that it matches no known name.
       prefix = "." * node.level + (node.module or "")
       found += (f"{prefix}.{alias.name}" for alias in node.names)
     elif isinstance(node, ast.List | ast.Tuple):
@@ -92,7 +92,7 @@ def label(module):
 
 
 def is_test(module):
-  """Other modules of `tests` are what several tests share."""
+  """Whether a module is a test, not a helper that tests share."""
   return module.startswith("tests.") and module.endswith("_test")
 
 
@@ -110,7 +110,7 @@ def kind_of(module, path, text):
 
 
 def target_problems(tree):
-  """Each source has one target, of its name and of the right kind, and each target its source."""
+  """Each source must have one target of its name and kind, and each target its source."""
   owners = collections.defaultdict(list)
   for kind, name, _ in targets(tree):
     path = f"{name}/__init__.py" if kind == "package_init" else f"{name}.py"
@@ -124,7 +124,7 @@ def target_problems(tree):
 
 
 def expected_dependencies(tree, module):
-  """What a module imports or runs; the macros add its own package."""
+  """Targets that a module imports or runs, without its own package, which the macros add."""
   own = {label(module.rpartition(".")[0]), "tests"}
   return sorted({label(name) for name in needed(tree, module)} - own)
 
@@ -138,7 +138,7 @@ def dependency_problems(tree):
 
 
 def floor_of(module):
-  """(floor, folder or module of the package); None for what is outside of the package."""
+  """(floor, folder or top-level module); None for a module outside the package."""
   part = module.removeprefix("tf_largebatch.").partition(".")[0]
   found = [floor for floor, parts in enumerate(_FLOORS) if part in parts]
   return (found[0], part) if module.startswith("tf_largebatch.") and found else None
@@ -160,7 +160,7 @@ def floor_problems(tree):
 
 
 def foreign_problems(tree):
-  """absl's flags are the programs' alone, some modules are light, no import is relative."""
+  """Finds relative imports, imports of absl's flags, and heavy imports in light modules."""
   for module, path in sources(tree).items():
     imports = names(tree[path])
     if any(name.startswith(".") for name in imports):
@@ -189,7 +189,7 @@ def test_the_tree_is_not_empty():
   assert {"tf_largebatch/train.py", "tools/launch_local.py", "tests/build_test.py"} <= set(tree)
   assert needed(tree, "tf_largebatch.errors") == set()
   assert "tf_largebatch.errors" in needed(tree, "tf_largebatch.recipe")
-  # In a function, and by the name that a subprocess is given.
+  # Imported in a function, and run by name in a subprocess.
   assert "tf_largebatch.training.trainer" in needed(tree, "tf_largebatch.train")
   assert needed(tree, "tests.tools.launch_local_test") >= {"tools.launch_local"}
 
@@ -303,7 +303,7 @@ _BELOW = "which is not below it"
     ),
   ],
 )
-def test_each_check_fails_where_its_rule_is_broken(path, added, expected):
+def test_each_check_reports_a_broken_rule(path, added, expected):
   tree = read_tree()
   before = problems(tree)
   tree[path] = f"{tree.get(path, '')}\n{added}\n"

@@ -1,15 +1,15 @@
-"""What holds for all tests."""
+"""Settings of all tests."""
 
 import signal
 
 import hypothesis
 
-# A busy machine is slow now and then: no test is a matter of time.
+# Hypothesis' deadlines would fail tests on a busy machine.
 hypothesis.settings.register_profile("without deadlines", deadline=None)
 hypothesis.settings.load_profile("without deadlines")
 
 
 def pytest_configure():
-  # pytest-xdist's processes ignore SIGINT, and so would all that the tests start.
+  # pytest-xdist's processes ignore SIGINT, and processes started by tests would inherit that.
   if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

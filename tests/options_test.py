@@ -27,7 +27,7 @@ def test_every_option_has_a_help_and_a_name_that_no_recipe_field_has():
   assert not names & {field.name for field in dataclasses.fields(Recipe)}
 
 
-def test_what_is_optional_is_none_by_default():
+def test_optional_fields_are_none_by_default():
   """A flagfile leaves out None, so no other default may stand for it."""
   for settings in (Recipe, RunOptions):
     for field in dataclasses.fields(settings):
@@ -86,6 +86,6 @@ def test_a_value_out_of_range_is_refused(name, value):
     RunOptions(**{name: value})
 
 
-def test_options_do_not_change():
+def test_options_are_frozen():
   with pytest.raises(dataclasses.FrozenInstanceError):
     RunOptions().cache = True

@@ -1,4 +1,4 @@
-"""`Recipe`: the paper's defaults, what follows from them, and what is refused."""
+"""`Recipe`: the paper's defaults, derived values, and values that are refused."""
 
 import dataclasses
 import json
@@ -71,7 +71,7 @@ def test_an_epoch_is_at_least_one_step():
     assert part in message
 
 
-def test_workers_must_be_chosen_before_what_follows_from_them():
+def test_derived_values_need_workers():
   with pytest.raises(ValueError, match="workers"):
     _ = Recipe().global_batch_size
 
@@ -94,7 +94,7 @@ def test_workers_must_be_chosen_before_what_follows_from_them():
     *[("last_gamma", math.nan), ("weight_decay", math.inf), ("reference_learning_rate", math.inf)],
   ],
 )
-def test_a_refusal_names_the_field_and_the_value_in_one_line(name, value):
+def test_a_bad_value_is_named_with_its_field_in_one_line(name, value):
   with pytest.raises(UserError) as error:
     Recipe(**{name: value})
   message = str(error.value)
@@ -113,7 +113,7 @@ def test_a_refusal_names_the_field_and_the_value_in_one_line(name, value):
     *[("dtype", choice) for choice in ("float32", "bfloat16", "float64")],
   ],
 )
-def test_the_bounds_themselves_are_taken(name, value):
+def test_values_within_the_bounds_are_accepted(name, value):
   assert getattr(Recipe(**{name: value}), name) == value
 
 
@@ -137,12 +137,12 @@ def test_to_dict_goes_through_json_and_back():
   assert Recipe(**{**restored, "seed": 1}) != recipe
 
 
-def test_a_recipe_does_not_change():
+def test_a_recipe_is_frozen():
   with pytest.raises(dataclasses.FrozenInstanceError):
     Recipe().seed = 1
 
 
-def test_the_recipe_needs_the_standard_library_alone():
+def test_the_recipe_imports_only_the_standard_library():
   code = """
 import sys
 import tf_largebatch.recipe

@@ -1,4 +1,4 @@
-"""Checkpoints bring back every variable, and nothing else is taken for one."""
+"""Checkpoints restore every variable, and damaged ones are skipped."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ def randomize(model, optimizer):
 
 
 def save(directory, *steps, error=None):
-  """Saves after each of the steps, with the step for the rate."""
+  """Saves after each of the steps, with the step as the learning rate."""
   model, optimizer = make()
   checkpoints = Checkpoints(str(directory), model, optimizer)
   for step in steps:
@@ -47,7 +47,7 @@ def save(directory, *steps, error=None):
 
 
 def restore(directory):
-  """The restored step and rate, of which the second is the state's own."""
+  """Returns the restored step, from the manifest, and rate, from the state."""
   model, optimizer = make()
   manifest = Checkpoints(str(directory), model, optimizer).restore_newest()
   return (manifest.step, float(optimizer.learning_rate)) if manifest else None
@@ -57,12 +57,12 @@ def names(*steps):
   return sorted(f"step-{step:010d}.{kind}" for step in steps for kind in ("json", "npz"))
 
 
-def test_everything_comes_back(tmp_path):
+def test_every_variable_is_restored(tmp_path):
   model, optimizer = make()
   values = randomize(model, optimizer)
   checkpoints = Checkpoints(str(tmp_path), model, optimizer)
   checkpoints.save(7, 1.5)
-  # What comes after it is not in it: the state was copied before `save` returned.
+  # `save` copies the state before it returns, so later changes are not in the checkpoint.
   for variable in model.variables:
     variable.assign(variable * 0)
   checkpoints.wait()
@@ -70,8 +70,8 @@ def test_everything_comes_back(tmp_path):
   fresh = make()
   manifest = Checkpoints(str(tmp_path), *fresh).restore_newest()
   assert (manifest.step, manifest.seconds, manifest.validation_error) == (7, 1.5, None)
-  # 2 dense, 4 BN; the step, the rate and a momentum for each of 4 trainable variables, and one
-  # for the rate that these are scaled by.
+  # Dense has 2 and BN 4; the optimizer has the step, the rate, the rate that the momentums are
+  # scaled by, and a momentum for each of 4 trainable variables.
   restored = fresh[0].variables + fresh[1].variables
   assert len(restored) == len(values) == 6 + 3 + 4
   for variable, value in zip(restored, values, strict=True):
@@ -86,7 +86,7 @@ def test_the_newest_is_restored_and_three_and_the_best_are_kept(tmp_path):
   assert manifest["validation_error"] == 0.008 and manifest["step"] == 100
 
 
-def test_what_torn_saves_left_is_no_checkpoint_and_goes(tmp_path):
+def test_files_of_torn_saves_are_ignored_and_removed(tmp_path):
   save(tmp_path, 5)
   (tmp_path / "step-0000000009.npz").write_bytes(b"not a manifest")
   (tmp_path / "step-0000000010.npz.partial").write_bytes(b"torn")
@@ -108,7 +108,7 @@ DAMAGES = {
   "empty": ("npz", lambda content: b"", "0 bytes of state instead of"),
   "half": ("npz", _cut, "bytes of state instead of"),
   "a bit": ("npz", _flip, "SHA-256 differs"),
-  "gone": ("npz", None, ""),
+  "missing": ("npz", None, ""),
   "manifest empty": ("json", lambda content: b"", ""),
   "manifest half": ("json", _cut, ""),
   "manifest a bit": ("json", _flip, "digest differs"),
@@ -117,13 +117,17 @@ DAMAGES = {
     lambda c: c.replace(b'"seconds": 10.0', b'"seconds": 11.0'),
     "digest",
   ),
-  "manifest of another": ("json", lambda c: Manifest(19, 1.0, 1, "").to_json().encode(), "step 19"),
-  "manifest no object": ("json", lambda content: b"[1]", "not a manifest"),
+  "another manifest": (
+    "json",
+    lambda c: Manifest(19, 1.0, 1, "").to_json().encode(),
+    "step 19",
+  ),
+  "manifest a list": ("json", lambda content: b"[1]", "not a manifest"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_torn_or_tampered_checkpoint_is_named_and_passed_over(tmp_path, damage, caplog):
+def test_a_torn_or_tampered_checkpoint_is_named_and_skipped(tmp_path, damage, caplog):
   save(tmp_path, 5, 20)
   kind, change, reason = DAMAGES[damage]
   path = tmp_path / f"step-0000000020.{kind}"
@@ -139,7 +143,7 @@ def test_a_torn_or_tampered_checkpoint_is_named_and_passed_over(tmp_path, damage
   assert reason in record.getMessage()
 
 
-def test_a_loss_of_power_leaves_no_manifest_without_its_state(tmp_path, monkeypatch):
+def test_a_power_failure_leaves_no_manifest_without_its_state(tmp_path, monkeypatch):
   synced = []
 
   def fsync(descriptor):
@@ -150,15 +154,15 @@ def test_a_loss_of_power_leaves_no_manifest_without_its_state(tmp_path, monkeypa
   save(tmp_path, 1)
   manifest, state = names(1)
   sizes = [os.path.getsize(tmp_path / name) for name in (state, manifest)]
-  # All of it is on the disk before it takes its name, the manifest's last.
+  # Each file is synced before it gets its name; the manifest comes last.
   assert synced == [
     (f"{state}.partial", sizes[0], [f"{state}.partial"]),
     (f"{manifest}.partial", sizes[1], [f"{manifest}.partial", state]),
   ]
 
 
-def test_torn_ones_do_not_outlive_those_that_are_saved_after_them(tmp_path):
-  """Their manifests are whole, and their steps the highest."""
+def test_torn_checkpoints_are_removed_when_others_are_saved(tmp_path):
+  """Even though their manifests are whole and their steps are the highest."""
   save(tmp_path, 5, 20, 21, error=lambda step: 1 / step)
   for step in (20, 21):
     (tmp_path / f"step-{step:010d}.npz").write_bytes(b"torn")
@@ -190,7 +194,7 @@ def test_another_networks_checkpoint_is_refused(tmp_path):
     np.testing.assert_array_equal(variable.numpy(), value)
 
 
-def test_one_that_does_not_save_writes_nothing(tmp_path):
+def test_without_saves_nothing_is_written(tmp_path):
   checkpoints = Checkpoints(str(tmp_path / "checkpoints"), *make(), saves=False)
   checkpoints.save(1, 1.0)
   checkpoints.evaluated(1, 0.5)
@@ -200,7 +204,7 @@ def test_one_that_does_not_save_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_nothing_that_is_not_finite_is_saved(tmp_path, value, caplog):
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path, value, caplog):
   model, optimizer = make()
   checkpoints = Checkpoints(str(tmp_path), model, optimizer)
   checkpoints.save(1, 1.0)
@@ -211,13 +215,13 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path, value, caplog):
   assert "after step 2 is not saved: 1 of its 13 variables" in caplog.text
 
 
-def test_states_that_proved_no_good_are_removed(tmp_path):
+def test_discarded_checkpoints_are_removed(tmp_path):
   checkpoints = save(tmp_path, 5, 20, 21)
   checkpoints.discard_from(20)
   assert sorted(os.listdir(tmp_path)) == names(5) and checkpoints.newest_step() == 5
 
 
-def test_a_directory_that_cannot_be_written_is_told_and_tried_again(tmp_path, caplog):
+def test_a_failed_save_is_logged_and_can_be_retried(tmp_path, caplog):
   directory = tmp_path / "checkpoints"
   directory.write_text("a file in its place")
   model, optimizer = make()
@@ -226,7 +230,7 @@ def test_a_directory_that_cannot_be_written_is_told_and_tried_again(tmp_path, ca
   checkpoints.wait()
   assert "Cannot save the checkpoint of step 1" in caplog.text
   directory.unlink()
-  checkpoints.save(1, 1.0)  # The same step once more.
+  checkpoints.save(1, 1.0)  # Retries the same step.
   checkpoints.wait()
   assert restore(directory)[0] == 1
 
@@ -237,7 +241,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, caplog):
   directory.mkdir()
   mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", directory])
   if mounted.returncode:
-    pytest.skip("this sandbox lets nobody mount")
+    pytest.skip("this sandbox does not allow mounts")
   try:
     checkpoints = save(directory, 5)
     with open(directory / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
@@ -256,29 +260,29 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, caplog):
     subprocess.run(["umount", directory], check=True)
 
 
-def test_a_save_under_way_is_waited_for(tmp_path, monkeypatch):
-  """A second save begins when the first is whole; `busy` tells in between."""
+def test_a_save_waits_for_the_one_in_progress(tmp_path, monkeypatch):
+  """A second save starts when the first is complete; `busy` is true in between."""
   model, optimizer = make()
   checkpoints = Checkpoints(str(tmp_path), model, optimizer)
-  go_on, savez = threading.Event(), np.savez
+  resume, savez = threading.Event(), np.savez
 
   def slow(*arguments, **arrays):
-    assert go_on.wait(30)
+    assert resume.wait(30)
     savez(*arguments, **arrays)
 
   monkeypatch.setattr(np, "savez", slow)
   assert not checkpoints.busy
   checkpoints.save(1, 1.0)
   assert checkpoints.busy and not os.path.exists(tmp_path / "step-0000000001.json")
-  threading.Timer(0.2, go_on.set).start()
+  threading.Timer(0.2, resume.set).start()
   checkpoints.save(2, 1.0)
   assert os.path.exists(tmp_path / "step-0000000001.json")
   checkpoints.wait()
   assert not checkpoints.busy and sorted(os.listdir(tmp_path)) == names(1, 2)
 
 
-def test_the_loss_scale_comes_back(tmp_path):
-  """Else a float16 run that was cut off would take, or skip, other steps than one that was not."""
+def test_the_loss_scale_is_restored(tmp_path):
+  """Otherwise a resumed float16 run would skip other steps than an uninterrupted one."""
   values = (2.0**9, 1234, 7)
   loss_scale = LossScale()
   for variable, value in zip(loss_scale.variables, values, strict=True):

@@ -1,4 +1,4 @@
-"""What the metrics leave, and what they drop when a run continues."""
+"""Metrics: their files, and the records that a resumed run drops."""
 
 import json
 import os
@@ -20,22 +20,22 @@ def write(work_dir, first_step, steps):
     return metrics.evaluations
 
 
-def test_records_past_the_restored_step_come_again_once(tmp_path):
+def test_records_past_the_restored_step_are_replaced(tmp_path):
   write(tmp_path, 0, range(1, 6))
   with open(tmp_path / "metrics.jsonl", "a") as file:
-    file.write('{"kind": "train", "st')  # Cut off while it was written.
+    file.write('{"kind": "train", "st')  # A torn line.
   evaluations = write(tmp_path, 3, range(4, 10))
   records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert records == read_metrics(str(tmp_path))
   assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 10))
   assert [r["error"] for r in records if r["kind"] == "eval"] == [0.3, 0.6, 0.9]
-  # Those of the earlier sitting count for the median of the last five.
+  # Those of the earlier session count in the median of the last five.
   assert [record["error"] for record in evaluations] == [0.3, 0.6, 0.9]
   assert records[0] == {"kind": "train", "step": 1, "epoch": 1 / 3, **SCALARS, "loss": 1.0}
 
 
-def test_an_evaluation_outlasts_a_loss_of_power(tmp_path, monkeypatch):
-  """Before a checkpoint says that its epoch is evaluated, or nobody would do it again."""
+def test_an_evaluation_survives_a_power_failure(tmp_path, monkeypatch):
+  """It is on disk before a checkpoint marks the epoch as evaluated, so it cannot get lost."""
   synced = []
   monkeypatch.setattr(os, "fsync", lambda _: synced.append(read_metrics(str(tmp_path))))
   write(tmp_path, 0, range(1, 4))

@@ -20,7 +20,7 @@ def test_the_binary_on_two_tasks(tmp_path):
   finished = launch(2, "tf_largebatch.train", *arguments)
   assert finished.returncode == 0, finished.stdout
   result = json.loads((tmp_path / "result.json").read_text())
-  # Without --workers there is one worker per replica: 60 // (2 · 7) steps.
+  # Without --workers, each replica has one worker: 60 // (2 · 7) steps.
   assert result["steps"] == 4
   assert json.loads((tmp_path / "recipe.json").read_text())["cluster"]["communication"] == "ring"
   digests = re.findall(r"\[task (\d)\].*weights_sha256 (\w{64})", finished.stdout)
@@ -29,7 +29,7 @@ def test_the_binary_on_two_tasks(tmp_path):
   assert len(os.listdir(tmp_path / "tensorboard")) == 1
 
 
-def test_workers_that_the_tasks_do_not_divide_are_refused(tmp_path):
+def test_workers_must_be_a_multiple_of_the_tasks(tmp_path):
   arguments = [*FLAGS, "--workers=3", f"--work_dir={tmp_path / 'run'}"]
   finished = launch(2, "tf_largebatch.train", *arguments)
   assert finished.returncode == 1
@@ -68,7 +68,7 @@ def test_tasks_with_different_flags_do_not_train_together(tmp_path, name, values
   assert not (tmp_path / "run").exists()
 
 
-def test_a_task_whose_peer_never_comes_up_gives_up(tmp_path):
+def test_a_task_whose_peer_never_starts_gives_up(tmp_path):
   addresses = free_addresses(2)
   config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
   finished = subprocess.run(

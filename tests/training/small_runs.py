@@ -20,8 +20,6 @@ RECIPE = Recipe(
   warmup_epochs=1.5,
   decay_epochs=(2,),
 )
-
-
 STEPS = 9  # 70 // 20 = 3 per epoch.
 
 
@@ -31,7 +29,7 @@ def train(work_dir, recipe=RECIPE, stop=None, **options):
   return trainer.train_and_evaluate(recipe, options, stop=stop)
 
 
-def cut_off(method, number):
+def interrupting(method, number):
   """A method of MetricsWriter that also interrupts the run after step `number`."""
   original = getattr(MetricsWriter, method)
 

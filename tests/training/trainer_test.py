@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.training.small_runs import RECIPE, STEPS, cut_off, train
+from tests.training.small_runs import RECIPE, STEPS, interrupting, train
 from tf_largebatch.data import sources
 from tf_largebatch.errors import InterruptedRunError, UserError
 from tf_largebatch.signals import StopRequest
@@ -143,7 +143,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(run, tmp_path, monkeypatch, meth
   The checkpoints fall on steps where a record ends anyway.
   """
   with monkeypatch.context() as patch:
-    patch.setattr(MetricsWriter, method, cut_off(method, number))
+    patch.setattr(MetricsWriter, method, interrupting(method, number))
     with pytest.raises(KeyboardInterrupt):
       train(tmp_path, checkpoint_every_steps=2)
   assert not (tmp_path / "result.json").exists()

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from tests.training.small_runs import RECIPE, cut_off, train
+from tests.training.small_runs import RECIPE, interrupting, train
 from tf_largebatch.errors import UserError
 from tf_largebatch.training import work_directory
 from tf_largebatch.training.metrics import MetricsWriter
@@ -22,7 +22,7 @@ def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
 
 def test_workers_default_to_those_of_the_stored_run(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
-    patch.setattr(MetricsWriter, "train", cut_off("train", 2))
+    patch.setattr(MetricsWriter, "train", interrupting("train", 2))
     with pytest.raises(KeyboardInterrupt):
       train(tmp_path)
   without_workers = dataclasses.replace(RECIPE, workers=None)
