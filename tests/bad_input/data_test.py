@@ -137,7 +137,7 @@ def test_data(case, pictures, tmp_path, capfd, monkeypatch):
 
 @pytest.mark.parametrize("index_dir", ["file", "file/under", "foo://x", LONG])
 def test_an_index_that_cannot_be_saved_costs_a_warning(index_dir, pictures, tmp_path, caplog):
-  """The run goes on without a saved index."""
+  """The run does not need a saved index."""
   (tmp_path / "file").write_text("precious")
   index_dir = index_dir if "://" in index_dir else str(tmp_path / index_dir)
   with caplog.at_level("WARNING", logger="absl"):

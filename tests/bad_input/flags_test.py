@@ -21,7 +21,7 @@ def config(cluster, index=0):
 
 TF_CONFIGS = {
   "empty": ("", "not JSON"),
-  "cut off": (config({"worker": ["a:1"]})[:-9], "not JSON"),
+  "truncated": (config({"worker": ["a:1"]})[:-9], "not JSON"),
   "10 kB that are not JSON": (LONG, "xxxx"),
   "not UTF-8": (b"\xff{}", "not JSON"),
   "a list": ("[1, 2]", "[1, 2]"),

@@ -69,7 +69,7 @@ WORK_DIRS = {
   "a newer schema": (edit(shoe_size=LONG), "'shoe_size'"),
   "k that is text": (edit(workers="many"), "workers='many'"),
   "recipe.json empty": (replace("recipe.json", b""), "recipe.json does not hold the recipe"),
-  "recipe.json cut off": (
+  "recipe.json truncated": (
     replace("recipe.json", b'{"recipe": {"work'),
     "recipe.json does not hold the recipe",
   ),
@@ -86,7 +86,7 @@ WORK_DIRS = {
   "recipe.json a directory": (replace("recipe.json", None), "recipe.json does not hold the recipe"),
   "no recipe.json": (without_a_recipe, "flags.txt and metrics.jsonl and checkpoints"),
   "result.json empty": (replace("result.json", b""), "result.json is not the result"),
-  "result.json cut off": (
+  "result.json truncated": (
     replace("result.json", b'{"status": "comp'),
     "result.json is not the result",
   ),

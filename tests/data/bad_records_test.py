@@ -68,7 +68,7 @@ def test_skip_uses_the_next_example_and_reports(faulty, augmentation, cache):
   )
   labels = np.stack([labels for _, labels in batches])
   levels = np.stack([images.numpy()[..., 4, 4, 0] for images, _ in batches])
-  # A crop of the part of the cut-off image that is left is used.
+  # A crop that lies in the intact part of the truncated image is used.
   used = {2} if augmentation == "area_crop" and 2 in labels[ids == 2] else set()
   # Reported twice if the next epoch has been read ahead.
   assert set(reported) | used == set(FAULTS)

@@ -79,7 +79,7 @@ class Shards:
 
 # Example → (its record, part of the error's text). Two of them are neighbours.
 FAULTS = {
-  2: (make_record(encode(20)[:-200], 2), "JPEG"),  # Cut off.
+  2: (make_record(encode(20)[:-200], 2), "JPEG"),  # Truncated.
   5: (make_record(b"no image at all", 5), "Unknown image"),
   7: (make_record(b"", 7), "empty"),
   8: (make_record(encode(80)[:20], 8), "JPEG"),  # Only the header.
