@@ -29,6 +29,11 @@ _KNOW_FLAGS = {"tf_largebatch.command_line", "tf_largebatch.train"}
 _RUN = {"tools.launch_local": {"tf_largebatch.train"}}  # The default of its flag --module.
 # Needed by every pytest_test but imported by no module; they are in a filegroup.
 TEST_SUPPORT = {"tests/conftest.py", "tests/pytest_main.py"}
+_LONGEST_FILE, _LONGEST_FUNCTION, _MOST_PARAMETERS = 400, 60, 8
+_KERAS_OBJECTS = {
+  ("tf_largebatch/optim/schedule.py", "__init__"),
+  ("tf_largebatch/models/normalization.py", "__init__"),
+}
 _MACROS = {"library", "package_init", "program", "pytest_test"}
 
 
@@ -64,6 +69,12 @@ def names(text):
     elif isinstance(node, ast.Call) and getattr(node.func, "id", None) == "run_module":
       found.append(getattr(node.args[0], "value", None))
   return [name for name in found if isinstance(name, str)]
+
+
+@functools.cache
+def functions(text):
+  """The definitions of functions in a source."""
+  return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
 
 
 def needed(tree, module):
@@ -175,8 +186,23 @@ def foreign_problems(tree):
           yield f"{module} imports {name}, which is not of the standard library"
 
 
+def size_problems(tree):
+  """Files and functions that are too large to take in; Keras objects take their whole config."""
+  for module, path in sources(tree).items():
+    lines = tree[path].count("\n")
+    if lines > _LONGEST_FILE:
+      yield f"{path} has {lines} lines"
+    for node in functions(tree[path]):
+      lines = node.end_lineno - node.lineno + 1
+      if lines > _LONGEST_FUNCTION:
+        yield f"{module}.{node.name} has {lines} lines"
+      count = len(node.args.args) + len(node.args.kwonlyargs) + len(node.args.posonlyargs)
+      if count > _MOST_PARAMETERS and (path, node.name) not in _KERAS_OBJECTS:
+        yield f"{module}.{node.name} has {count} parameters"
+
+
 def problems(tree):
-  checks = (target_problems, dependency_problems, floor_problems, foreign_problems)
+  checks = (target_problems, dependency_problems, floor_problems, foreign_problems, size_problems)
   return [problem for check in checks for problem in check(tree)]
 
 
@@ -294,6 +320,21 @@ _BELOW = "which is not below it"
       "from absl import flags",
       ["tf_largebatch.optim.sgd imports absl.flags"],
       id="flags",
+    ),
+    pytest.param(
+      "tests/conftest.py", "#\n" * 400, ["tests/conftest.py has 417 lines"], id="long file"
+    ),
+    pytest.param(
+      _RECIPE,
+      "def f():\n" + "  f()\n" * 60,
+      ["tf_largebatch.recipe.f has 61 lines"],
+      id="long function",
+    ),
+    pytest.param(
+      _RECIPE,
+      "def f(a, b, c, d, e, *, f, g, h, i):\n  pass",
+      ["tf_largebatch.recipe.f has 9 parameters"],
+      id="many parameters",
     ),
     pytest.param(
       _RECIPE,

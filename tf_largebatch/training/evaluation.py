@@ -41,19 +41,6 @@ def make_evaluation(
   replicas = strategy.num_replicas_in_sync
   batch_size = min(batch_size, -(-source.num_examples // replicas))  # More would be padding.
   steps = input_pipeline.evaluation_steps(source, batch_size, replicas)
-  on_bad = None if bad is None else functools.partial(bad.record, recipe.validation_split, source)
-
-  def dataset(context):
-    local = replicas // context.num_input_pipelines
-    return input_pipeline.evaluation_dataset(
-      recipe,
-      source,
-      batch_size=batch_size,
-      first_replica=context.input_pipeline_id * local,
-      num_replicas=local,
-      replicas=replicas,
-      on_bad_example=on_bad,
-    )
 
   def ids(number):
     """Of all replicas: which of them belong to this task is not known here."""
@@ -61,7 +48,7 @@ def make_evaluation(
     return range(first, min(first + replicas * batch_size, source.num_examples))
 
   evaluation_step = step.make_evaluation_step(strategy, model)
-  distributed = distribute(strategy, dataset)
+  distributed = _distribute_dataset(strategy, recipe, source, batch_size, bad)
 
   def evaluate() -> dict[str, float] | None:
     batches = iter(distributed)
@@ -83,3 +70,23 @@ def make_evaluation(
     return {"loss": float(loss / count), "error": float(errors / count)}
 
   return evaluate
+
+
+def _distribute_dataset(strategy, recipe: Recipe, source, batch_size: int, bad):
+  """Distributes the validation batches: to each replica its share of every step's."""
+  replicas = strategy.num_replicas_in_sync
+  on_bad = None if bad is None else functools.partial(bad.record, recipe.validation_split, source)
+
+  def dataset(context):
+    local = replicas // context.num_input_pipelines
+    return input_pipeline.evaluation_dataset(
+      recipe,
+      source,
+      batch_size=batch_size,
+      first_replica=context.input_pipeline_id * local,
+      num_replicas=local,
+      replicas=replicas,
+      on_bad_example=on_bad,
+    )
+
+  return distribute(strategy, dataset)

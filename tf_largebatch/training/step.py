@@ -119,8 +119,7 @@ def make_train_step(
     strategy: whose replicas share the step.
     model, optimizer: what is trained, and what updates it.
     recipe: resolved.
-    options: workers_per_pass (None counts as 1), jit_compile, allreduce_dtype and bytes_per_pack
-      count here.
+    options: of these, workers_per_pass (None: 1), jit_compile and those of the all-reduce.
     loss_scale: for a float16 recipe.
 
   Returns:
@@ -161,8 +160,7 @@ def make_train_step(
 
   @tf.function
   def train_step(batch, stop=0.0):
-    # Every replica returns the same totals, so any copy serves.
-    scalars = strategy.run(replica_step, args=(*batch, stop))
+    scalars = strategy.run(replica_step, args=(*batch, stop))  # The same on every replica.
     return {name: strategy.experimental_local_results(v)[0] for name, v in scalars.items()}
 
   return train_step
