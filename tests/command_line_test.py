@@ -103,7 +103,7 @@ def test_auto_stands_for_none_of_every_optional_field():
     ("--decay_epochs=1,x", "'x' is not a number"),
     ("--channel_mean=1;2", "'1;2' is not a number"),
     ("--jit_compile=maybe", "use true, false or auto"),
-    ("--nesterov=perhaps", "perhaps"),
+    ("--nesterov=perhaps", "perhaps: use true or false"),
     ("--cache=auto", "auto"),
   ],
 )

@@ -48,14 +48,14 @@ def test_only_a_leading_tilde_is_expanded(name, given, expanded, monkeypatch):
 
 
 @pytest.mark.parametrize("name", PATHS)
-@pytest.mark.parametrize("path", ["a\0b", "a\udcff", "x" * 3001])
+@pytest.mark.parametrize("path", ["a\0b", "a\nb", "a\udcff", "x" * 3001])
 def test_a_path_that_no_directory_can_have_is_refused(name, path):
   with pytest.raises(UserError) as error:
     RunOptions(**{name: path})
   message = str(error.value)
   assert message.startswith(f"--{name}='") and message.isprintable()
   assert message.endswith(
-    "cannot be a directory's name; give one in UTF-8 of 1 to 3000 characters."
+    "cannot be a directory's name; give 1 to 3000 characters of UTF-8 without control characters."
   )
 
 

@@ -14,7 +14,7 @@ from tf_largebatch.recipe import Recipe
 
 _Settings = typing.TypeVar("_Settings", Recipe, RunOptions)
 _AUTO = "auto"  # Stands for None.
-_BOOLEANS = {"true": True, "false": False}
+_BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
 class _Parser(flags.ArgumentParser):
@@ -34,7 +34,7 @@ class _Parser(flags.ArgumentParser):
     if self._kind is bool:
       if argument.lower() in _BOOLEANS:
         return _BOOLEANS[argument.lower()]
-      raise ValueError("use true, false or auto")
+      raise ValueError("use true, false or auto" if self._optional else "use true or false")
     if self._kind in (int, float):
       return _number(self._kind, argument)
     # What is left are lists of numbers.
@@ -63,7 +63,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
       choices = field.metadata["choices"]
       text = field.metadata["help"]
       if field.type is bool:
-        flags.DEFINE_boolean(field.name, field.default, text, values)
+        flag = flags.BooleanFlag(field.name, field.default, text)
+        flag.parser = _Parser(field)  # absl's own message prints a tuple.
+        flags.DEFINE_flag(flag, values)
       else:
         text = f"<{'|'.join(choices)}>: {text}" if choices else text
         flags.DEFINE(_Parser(field), field.name, field.default, text, values, _Serializer())

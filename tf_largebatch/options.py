@@ -100,10 +100,11 @@ class RunOptions:
 
 
 def _check_path(name: str, path: str):
-  """Refuses a path that no directory can have, such as one with a NUL, where TensorFlow cuts it."""
+  """Refuses a path with control characters: TensorFlow cuts at a NUL, `flags.txt` at a newline."""
   surrogates = any("\ud800" <= character <= "\udfff" for character in path)  # It was not UTF-8.
-  if not path or "\0" in path or surrogates or len(path) > _LONGEST_PATH:
+  control = any(character < " " for character in path)
+  if not path or control or surrogates or len(path) > _LONGEST_PATH:
     raise UserError(
-      f"--{name}={path!r} cannot be a directory's name; give one in UTF-8 of 1 to {_LONGEST_PATH} "
-      "characters."
+      f"--{name}={path!r} cannot be a directory's name; give 1 to {_LONGEST_PATH} characters of "
+      "UTF-8 without control characters."
     )

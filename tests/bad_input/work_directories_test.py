@@ -127,7 +127,7 @@ ELSEWHERE = {
   "a device": ("/dev/null", "work_dir=/dev/null cannot be written"),
   "a directory that nobody can write": ("/proc/run", "work_dir=/proc/run cannot be written"),
   "a name too long": ("{}/" + "x" * 300, "too long"),
-  "a newline": ("{}/file/a\nb", r"file/a\nb cannot be written"),
+  "a newline": ("{}/file/a\nb", r"file/a\nb' cannot be a directory's name"),
   "an unknown scheme": ("foo://x/run", "scheme 'foo' not implemented"),
   "a scheme that TensorFlow dropped": ("s3://x/run", "scheme 's3' not implemented"),
 }

@@ -18,6 +18,7 @@ from tf_largebatch.distributed import strategy as strategy_lib
 from tf_largebatch.distributed.cluster import Cluster
 from tf_largebatch.distributed.strategy import make_strategy
 from tf_largebatch.errors import InterruptedRunError, UserError
+from tools.launch_local import free_addresses
 
 
 def test_rejects_a_port_in_use():
@@ -46,16 +47,8 @@ def test_a_port_is_free_as_soon_as_the_previous_run_has_ended():
     pass
 
 
-def _free_addresses(count):
-  sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-  addresses = tuple(f"127.0.0.1:{one.getsockname()[1]}" for one in sockets)
-  for one in sockets:
-    one.close()
-  return addresses
-
-
 def test_waits_for_all_tasks():
-  addresses = _free_addresses(3)
+  addresses = tuple(free_addresses(3))
   done = []
 
   def wait(index):
@@ -83,7 +76,7 @@ def test_waits_for_all_tasks():
 
 
 def test_names_the_tasks_that_did_not_come_up():
-  addresses = _free_addresses(3)
+  addresses = tuple(free_addresses(3))
   with strategy_lib._listening(addresses[1]), pytest.raises(InterruptedRunError) as error:
     strategy_lib._wait_for_all(Cluster(addresses, 0), 0.001)
   assert str(error.value).startswith(f"task 2 ({addresses[2]}) did not come up within 0.001 min")

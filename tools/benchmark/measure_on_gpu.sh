@@ -54,7 +54,8 @@ step workers --dtype=bfloat16 --workers=8 --per_worker_batch_size=32 \
   --contenders=ours:workers_per_pass=8,ours:workers_per_pass=1,torch_compiled:workers=1:per_worker_batch_size=256,loop
 step float32 --dtype=float32 --per_worker_batch_size=32 --contenders=ours,torch_compiled
 step float16 --dtype=float16 --per_worker_batch_size=32 --contenders=ours,torch_compiled
-part tests 300 python3 -m pytest -q tests/training/step_test.py tests/models/normalization_test.py
+part tests 300 python3 -m pytest -q tests/training/step_test.py \
+  tests/training/workers_per_pass_test.py tests/models/normalization_test.py
 
 if [[ $# -ge 2 ]]; then
   part jpegs 400 python3 -m tf_largebatch.train --dtype=bfloat16 --workers=8 \

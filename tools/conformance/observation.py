@@ -1,7 +1,7 @@
 """Takes steps of the package and records what they did, as seen from outside."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -57,6 +57,7 @@ def observe(
     first_step: the step of the run whose examples the first step takes.
   """
   from tf_largebatch.data import sources
+  from tf_largebatch.distributed.collectives import make_gather
   from tf_largebatch.optim.optimizers import build_optimizer
   from tf_largebatch.training.batches import distribute_train_dataset
   from tf_largebatch.training.step import make_train_step
@@ -111,36 +112,3 @@ def _spread(variables):
     first = context.all_reduce(tf.distribute.ReduceOp.SUM, first)
     largest.append(tf.reduce_max(tf.abs(mine - first)))
   return tf.reduce_max(tf.stack(largest))
-
-
-def make_gather(strategy, function: Callable) -> Callable[..., np.ndarray]:
-  """Compiles a function that evaluates `function` on every replica and gathers the results.
-
-  `collectives.gather` gathers a number that each task already has; this one also gathers tensors,
-  and those that a replica computes from its own part of a batch, in one compiled call per step.
-
-  Args:
-    strategy: made by `make_strategy`.
-    function: called on each replica, with that replica's part of each argument.
-
-  Returns:
-    A function of the elements of a distributed batch. On every task it returns the results of all
-    replicas, float64 `[replicas, …]`.
-  """
-  import tensorflow as tf
-
-  count = strategy.num_replicas_in_sync
-
-  def replica(*arguments):
-    context = tf.distribute.get_replica_context()
-    value = tf.cast(function(*arguments), tf.float64)
-    places = tf.reshape(tf.range(count), [count] + [1] * len(value.shape))
-    # Exact: each element of the sum is one value plus zeros.
-    mine = tf.where(places == context.replica_id_in_sync_group, value[None], 0.0)
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
-
-  @tf.function
-  def gather(*arguments):
-    return strategy.run(replica, args=arguments)
-
-  return lambda *arguments: strategy.experimental_local_results(gather(*arguments))[0].numpy()

@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from tools.conformance.observation import make_gather
 from tools.conformance.properties.defaults import check_defaults
 from tools.conformance.properties.gradients import (
   check_aggregation,
@@ -52,6 +51,8 @@ def verify(strategy, names: Collection[str] = ()) -> list[Result]:
     strategy: made by `make_strategy`.
     names: of the properties to check; if empty, all but the slow ones.
   """
+  from tf_largebatch.distributed.collectives import make_gather
+
   names = set(names) or CHECKS.keys() - set(SLOW)
   results = []
   for check in dict.fromkeys(check for name, check in CHECKS.items() if name in names):

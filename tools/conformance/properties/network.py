@@ -14,7 +14,7 @@ from tools.conformance.comparison import (
   reference_rates,
   reference_steps,
 )
-from tools.conformance.observation import make_gather, observe
+from tools.conformance.observation import observe
 from tools.conformance.problem import CLASSES, MEAN, STD, make_recipe
 from tools.conformance.properties.result import Result
 from tools.conformance.reference_networks import last_batch_norms
@@ -139,6 +139,8 @@ def check_resnet50(strategy) -> list[Result]:
 
 
 def _one_step(strategy, dtype: str, last_gamma: float, limit: float, batches: int) -> Result:
+  from tf_largebatch.distributed.collectives import gather
+
   recipe = make_recipe(
     strategy.num_replicas_in_sync,
     network="resnet50",
@@ -163,7 +165,7 @@ def _one_step(strategy, dtype: str, last_gamma: float, limit: float, batches: in
     )
     best = min(best, worst)
     # All tasks must take the same decision, or they would wait for each other.
-    if make_gather(strategy, lambda value=best[0]: np.float64(value))().max() <= limit:
+    if gather(strategy, best[0]).max() <= limit:
       break
   meaning = f"update of {len(expected)} variables, last γ {last_gamma:g}; largest: {best[1]}"
   return Result(f"ResNet-50 {dtype}", best[0], limit, meaning)
