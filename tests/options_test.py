@@ -38,12 +38,12 @@ def test_optional_fields_are_none_by_default():
 @pytest.mark.parametrize(
   "given, expanded",
   [
-    *[("~", "/home/somebody"), ("~/runs/1", "/home/somebody/runs/1")],
+    *[("~", "/elsewhere"), ("~/runs/1", "/elsewhere/runs/1")],
     *[("runs/~", "runs/~"), ("a~b", "a~b"), ("gs://bucket/~", "gs://bucket/~")],
   ],
 )
 def test_only_a_leading_tilde_is_expanded(name, given, expanded, monkeypatch):
-  monkeypatch.setenv("HOME", "/home/somebody")
+  monkeypatch.setenv("HOME", "/elsewhere")
   assert getattr(RunOptions(**{name: given}), name) == expanded
 
 

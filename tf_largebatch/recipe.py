@@ -218,6 +218,17 @@ class Recipe:
     """Steps of the whole run."""
     return self.epochs * self.steps_per_epoch(train_examples)
 
+  def derived(self, train_examples: int, replicas: int) -> dict:
+    """What follows from the recipe, its training split and the number of replicas, by name."""
+    return {
+      "train_examples": train_examples,
+      "global_batch_size": self.global_batch_size,
+      "peak_learning_rate": self.peak_learning_rate,
+      "steps_per_epoch": self.steps_per_epoch(train_examples),
+      "total_steps": self.total_steps(train_examples),
+      "workers_per_replica": self.workers // replicas,
+    }
+
   def to_dict(self) -> dict:
     """All fields by name, as JSON values."""
     return {

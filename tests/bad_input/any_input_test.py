@@ -142,7 +142,7 @@ def build_recipe(arguments):
   command_line.parse_flags(["train", *arguments], values)
   recipe = command_line.recipe_from_flags(values)
   recipe = dataclasses.replace(recipe, workers=recipe.workers or 8)
-  derived = resolution.derive(recipe, 1_281_167, 1)
+  derived = recipe.derived(1_281_167, 1)
   assert math.isfinite(derived["peak_learning_rate"]) and derived["total_steps"] > 0
   build_optimizer(recipe, 1_281_167).learning_rate  # noqa: B018 - Computes the rate.
   again = Recipe(**recipe.to_dict() | {"workers": values.workers})

@@ -1,15 +1,10 @@
 """Stage 3 of a run: networks, optimizer and loss scale, made in the strategy's scope."""
 
 import dataclasses
-import hashlib
-import os
-import shutil
-import tempfile
 
 import keras
 import tensorflow as tf
 
-from tf_largebatch import files
 from tf_largebatch.models.networks import build_model
 from tf_largebatch.optim.loss_scale import LossScale
 from tf_largebatch.optim.optimizers import build_optimizer
@@ -54,22 +49,3 @@ def build(strategy: tf.distribute.Strategy, recipe: Recipe, source, jit_compile:
     optimizer.build(model.trainable_variables)
     loss_scale = LossScale() if recipe.dtype == "float16" else None
   return Networks(model, evaluated, optimizer, loss_scale)
-
-
-def weights_sha256(model: keras.Model) -> str:
-  """SHA-256 over all weights in `model.weights` order as float32 little-endian bytes."""
-  digest = hashlib.sha256()
-  for weight in model.weights:
-    digest.update(weight.numpy().astype("<f4").tobytes())
-  return digest.hexdigest()
-
-
-def export(model: keras.Model, recipe: Recipe, num_classes: int, path: str) -> None:
-  """Saves the trained network as plain Keras layers, built outside the strategy's scope."""
-  plain = build_model(recipe, num_classes, "export")
-  plain.set_weights(model.get_weights())
-  with tempfile.TemporaryDirectory() as directory:
-    local = os.path.join(directory, "model.keras")
-    plain.save(local)
-    with open(local, "rb") as saved, files.replacing(path, "wb") as file:
-      shutil.copyfileobj(saved, file)

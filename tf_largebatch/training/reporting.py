@@ -17,7 +17,7 @@ def log_arithmetic(recipe: Recipe, derived: dict, validation_examples: int, clus
 
   Args:
     recipe: resolved.
-    derived: see `resolution.derive`.
+    derived: see `Recipe.derived`.
     validation_examples: size of the validation split.
     cluster: see `strategy.describe`.
   """

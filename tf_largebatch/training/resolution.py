@@ -1,4 +1,4 @@
-"""Stage 1 of a run: the fields that the recipe leaves open, and what follows from the recipe."""
+"""Stage 1 of a run: chooses what the recipe leaves open, and finds the run if it exists."""
 
 import dataclasses
 
@@ -81,15 +81,3 @@ def resolve(recipe: Recipe, replicas: int, data_dir: str) -> Recipe:
         f"{recipe.dataset} have {len(known.channel_mean)} channels."
       )
   return dataclasses.replace(recipe, **chosen)
-
-
-def derive(recipe: Recipe, train_examples: int, replicas: int) -> dict:
-  """Computes what follows from a resolved recipe, its training split and the replicas."""
-  return {
-    "train_examples": train_examples,
-    "global_batch_size": recipe.global_batch_size,
-    "peak_learning_rate": recipe.peak_learning_rate,
-    "steps_per_epoch": recipe.steps_per_epoch(train_examples),
-    "total_steps": recipe.total_steps(train_examples),
-    "workers_per_replica": recipe.workers // replicas,
-  }

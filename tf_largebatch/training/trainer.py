@@ -4,20 +4,18 @@ import contextlib
 import dataclasses
 import functools
 import os
-import statistics
 import tempfile
 from typing import Any
 
 import tensorflow as tf
 from absl import logging
 
-from tf_largebatch import files
 from tf_largebatch.data import sources
 from tf_largebatch.distributed.cluster import Cluster
 from tf_largebatch.distributed.collectives import meet, require_agreement
 from tf_largebatch.distributed.lost_tasks import report_lost_tasks
 from tf_largebatch.distributed.strategy import describe, make_strategy
-from tf_largebatch.errors import UserError, summary
+from tf_largebatch.errors import UserError
 from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.signals import StopRequest
@@ -25,9 +23,10 @@ from tf_largebatch.training import batches, building, environment, reporting, st
 from tf_largebatch.training.bad_examples import BadExamples
 from tf_largebatch.training.checkpoint import Checkpoints, Manifest
 from tf_largebatch.training.evaluation import make_evaluation
+from tf_largebatch.training.finishing import finish
 from tf_largebatch.training.loop import Loop
 from tf_largebatch.training.metrics import MetricsWriter
-from tf_largebatch.training.resolution import derive, resolve_run
+from tf_largebatch.training.resolution import resolve_run
 from tf_largebatch.training.workers_per_pass import check_workers_per_pass, with_workers_per_pass
 
 
@@ -83,7 +82,7 @@ def train_and_evaluate(
       meet(strategy)  # Wait until the chief has saved and all tasks have left the last step.
       if not complete:
         raise loop.interruption()
-    return _finish(run, loop)
+    return finish(loop, run.source.num_classes, cluster.is_chief)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +118,7 @@ def _open(recipe: Recipe, options: RunOptions, cluster: Cluster, strategy, data:
     )
     for split in (recipe.train_split, recipe.validation_split)
   )
-  derived = derive(recipe, source.num_examples, strategy.num_replicas_in_sync)
+  derived = recipe.derived(source.num_examples, strategy.num_replicas_in_sync)
   check_workers_per_pass(options.workers_per_pass or 1, derived["workers_per_replica"])
   facts = {
     "data": data,
@@ -237,32 +236,3 @@ def _make_loop(
     alone=cluster.num_tasks == 1,
     done=first_step,
   )
-
-
-def _finish(run: _Run, loop: Loop) -> dict:
-  """Exports the network and writes the result, which marks the run as complete."""
-  errors = [record["error"] for record in loop.metrics.evaluations]
-  images = loop.done * run.recipe.global_batch_size
-  result = {
-    "status": "complete",
-    "steps": loop.done,
-    "val_error": errors[-1] if errors else None,  # None if metrics.jsonl was lost.
-    "val_error_median_last_5": statistics.median(errors[-5:]) if errors else None,
-    "images_per_second": images / loop.seconds if loop.seconds else None,
-    "seconds": loop.seconds,
-    "weights_sha256": building.weights_sha256(loop.networks.model),
-  }
-  logging.info("weights_sha256 %s", result["weights_sha256"])
-  if run.cluster.is_chief:
-    work_dir = run.options.work_dir
-    loop.checkpoints.wait()
-    try:
-      path = os.path.join(work_dir, "model.keras")
-      building.export(loop.networks.model, run.recipe, run.source.num_classes, path)
-      files.write_json(os.path.join(work_dir, "result.json"), result)
-    except files.FAILURES as error:
-      raise UserError(
-        f"All {loop.done} steps are done, but work_dir={work_dir} cannot be written "
-        f"({summary(error)}); make room there and run the same command again."
-      ) from error
-  return result
