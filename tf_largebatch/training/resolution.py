@@ -41,7 +41,7 @@ def resolve_run(
     require_agreement(
       strategy,
       (recipe, data, shared, result is None),
-      "the flags, the data or the work_dir differ; it must be one that all see",
+      "their flags or their data differ, or they do not share one work_dir",
     )
   return recipe, data, result
 

@@ -74,9 +74,7 @@ def train_and_evaluate(
     stack.callback(checkpoints.wait)
     evaluated = _evaluated_epochs(run, restored)
     metrics = stack.enter_context(_metrics(run, restored, evaluated))
-    done = restored.step if restored else 0
-    loop = _make_loop(run, networks, checkpoints, metrics, done, stop)
-    loop.seconds = restored.seconds if restored else 0.0
+    loop = _make_loop(run, networks, checkpoints, metrics, restored, stop)
     with stop.deferring_signals():
       complete = loop.run_epochs(evaluated + 1)
       meet(strategy)  # Wait until the chief has saved and all tasks have left the last step.
@@ -198,12 +196,13 @@ def _make_loop(
   networks: building.Networks,
   checkpoints: Checkpoints,
   metrics: MetricsWriter,
-  first_step: int,
+  restored: Manifest | None,
   stop: StopRequest,
 ) -> Loop:
   """Builds the training step, its batches and the evaluation."""
   recipe, cluster, strategy = run.recipe, run.cluster, run.strategy
   options = with_workers_per_pass(run.options, strategy, networks.model, recipe)
+  done, seconds = (restored.step, restored.seconds) if restored else (0, 0.0)
   bad = None
   if options.bad_examples == "skip":
     bad = BadExamples(options.work_dir, cluster.task_index, len(recipe.channel_mean))
@@ -217,7 +216,7 @@ def _make_loop(
     train_step=step.make_train_step(
       strategy, networks.model, networks.optimizer, recipe, options, networks.loss_scale
     ),
-    batches=batches.train_batches(strategy, cluster, recipe, run.source, first_step, bad),
+    batches=batches.train_batches(strategy, cluster, recipe, run.source, done, bad),
     evaluate=make_evaluation(
       strategy,
       networks.evaluated,
@@ -234,5 +233,6 @@ def _make_loop(
     bad=bad,
     stop=stop,
     alone=cluster.num_tasks == 1,
-    done=first_step,
+    done=done,
+    seconds=seconds,
   )
