@@ -11,7 +11,7 @@ FAILURES = (OSError, tf.errors.OpError)
 
 
 @contextlib.contextmanager
-def replacing(path: str, mode: str, suffix: str = ".partial"):
+def replacing(path: str, mode: str, partial: str | None = None):
   """Yields a file that takes its name only when it is complete and safely on the disk.
 
   Until then a file that already has that name stays as it is.
@@ -19,10 +19,10 @@ def replacing(path: str, mode: str, suffix: str = ".partial"):
   Args:
     path: the file's name.
     mode: "w" or "wb".
-    suffix: appended to the name while the file is incomplete. Where several processes write the
-      same file, each needs its own.
+    partial: the file's name while it is incomplete; None: path + ".partial". Where several
+      processes write the same file, each needs its own.
   """
-  partial = path + suffix
+  partial = partial or path + ".partial"
   try:
     with tf.io.gfile.GFile(partial, mode) as file:
       yield file

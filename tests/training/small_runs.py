@@ -1,9 +1,15 @@
 """Runs of a small real network that take seconds."""
 
+import collections
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
 from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.training import trainer
-from tf_largebatch.training.metrics import MetricsWriter
+from tf_largebatch.training.metrics import MetricsWriter, read_metrics
 
 RECIPE = Recipe(
   dataset="synthetic",
@@ -39,3 +45,30 @@ def interrupting(method, number):
       raise KeyboardInterrupt
 
   return replacement
+
+
+def read_tensorboard(work_dir):
+  """Returns every event in a run's tensorboard/ by tag, as TensorBoard's own loader reads them."""
+  events = EventAccumulator(str(work_dir / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+  return {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
+
+
+def check_tensorboard(work_dir, trained, evaluated):
+  """Checks that tensorboard/ holds what metrics.jsonl holds: so many records, each once."""
+  records = read_metrics(str(work_dir))
+  counts = collections.Counter(record["kind"] for record in records)
+  assert (counts["train"], counts["eval"]) == (trained, evaluated)
+  expected = {
+    (f"{group}/{name}", record["step"], np.float32(value))
+    for record in records
+    for group in ("train" if record["kind"] == "train" else "validation",)
+    for name, value in record.items()
+    if name not in ("kind", "step", "epoch")
+  }
+  shown = [
+    (tag, event.step, np.float32(make_ndarray(event.tensor_proto)))
+    for tag, events in read_tensorboard(work_dir).items()
+    if tag.startswith(("train/", "validation/"))
+    for event in events
+  ]
+  assert len(shown) == len(expected) and set(shown) == expected

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.training.small_runs import RECIPE, STEPS, interrupting, train
+from tests.training.small_runs import RECIPE, STEPS, check_tensorboard, interrupting, train
 from tf_largebatch.data import sources
 from tf_largebatch.errors import InterruptedRunError, UserError
 from tf_largebatch.signals import StopRequest
@@ -152,6 +152,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(run, tmp_path, monkeypatch, meth
   assert again["weights_sha256"] == result["weights_sha256"]
   assert again["val_error"] == result["val_error"]
   assert comparable(tmp_path) == comparable(directory)
+  check_tensorboard(tmp_path, 6, 3)
 
 
 def test_a_run_interrupted_before_its_result_is_completed(run, tmp_path):

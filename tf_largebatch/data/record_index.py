@@ -179,10 +179,10 @@ def _save(path: str, filenames: list[str], sizes: np.ndarray, offsets: list[np.n
     content, filenames=filenames, sizes=sizes, counts=counts, offsets=np.concatenate(offsets)
   )
   # The partial file has a unique name, because several tasks may save the same index at once.
-  suffix = f".{os.getpid()}.{os.urandom(4).hex()}.partial"
+  partial = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.partial"
   try:
     tf.io.gfile.makedirs(os.path.dirname(path))
-    with files.replacing(path, "wb", suffix) as file:
+    with files.replacing(path, "wb", partial) as file:
       file.write(content.getvalue())
   except files.FAILURES as error:
     logging.warning("The index cannot be saved and will be rebuilt next time: %s", summary(error))

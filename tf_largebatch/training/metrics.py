@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import math
 import os
 import sys
 import time
@@ -11,10 +10,10 @@ import time
 import tensorflow as tf
 import tqdm
 from absl import logging
-from tensorboard.plugins.hparams import api as hparams
 
 from tf_largebatch import files
 from tf_largebatch.errors import UserError, summary
+from tf_largebatch.training.event_files import EventFiles
 
 _SECONDS_BETWEEN_LINES = 10.0
 # TensorBoard's group of the scalars of each kind of record.
@@ -25,8 +24,8 @@ class MetricsWriter:
   """Writes a run's records; a context manager, which overwrites nothing before it is entered.
 
   `work_dir/metrics.jsonl` has one object per line: {"kind": "train" | "eval", "step", "epoch", …};
-  docs/metrics.md lists every field. Lines past `first_step` (of a session that was cut off) are
-  dropped, because these steps will be done again.
+  docs/metrics.md lists every field. Records past `first_step` (of a session that was cut off) are
+  dropped there and in TensorBoard's files, because these steps will be done again.
   """
 
   def __init__(
@@ -35,7 +34,7 @@ class MetricsWriter:
     recipe: dict,
     first_step: int,
     total_steps: int,
-    evaluated_epochs: float = math.inf,
+    evaluated_step: int | None = None,
   ):
     """
     Args:
@@ -43,7 +42,7 @@ class MetricsWriter:
       recipe: name → value, shown in TensorBoard as text and as hyper-parameters.
       first_step: steps that are done already.
       total_steps: steps of the whole run.
-      evaluated_epochs: epochs whose evaluation is done already; by default all up to first_step.
+      evaluated_step: the last step whose evaluation is done already; None: first_step.
     """
     self._path = os.path.join(work_dir, "metrics.jsonl")
     records = _read(self._path)
@@ -58,26 +57,26 @@ class MetricsWriter:
           self._path,
           kept,
         )
-      self._summaries = tf.summary.create_file_writer(os.path.join(work_dir, "tensorboard"))
+      self._events = EventFiles(os.path.join(work_dir, "tensorboard"), recipe, first_step)
     except files.FAILURES as error:
       raise UserError(
         f"The metrics and tensorboard/ in {work_dir} cannot be written ({summary(error)}); make "
         "room there."
       ) from error
+    # The last step of each kind whose record is safely written.
+    self._last = {
+      "train": first_step,
+      "eval": first_step if evaluated_step is None else evaluated_step,
+    }
     self._records = [
       record
       for record in records
-      if record is not None
-      and record["step"] <= first_step
-      and (record["kind"] != "eval" or record["epoch"] <= evaluated_epochs)
+      if record is not None and record["step"] <= self._last.get(record["kind"], first_step)
     ]
     self.evaluations = [record for record in self._records if record["kind"] == "eval"]
+    self._unflushed: list[dict] = []
     self._lines = None  # Open while the file or its buffer holds all records.
     self._failing = False
-    with self._summaries.as_default(step=first_step):
-      rows = "".join(f"\n| {name} | {value} |" for name, value in recipe.items())
-      tf.summary.text("recipe", f"| field | value |\n| --- | --- |{rows}")
-      hparams.hparams({name: _hparam(value) for name, value in recipe.items()})
     self._total_steps = total_steps
     self._last_line = 0.0
     self._bar = None
@@ -90,8 +89,7 @@ class MetricsWriter:
 
   def __exit__(self, *exception):
     self.flush()
-    with contextlib.suppress(*files.FAILURES):
-      self._summaries.close()
+    self._close()
     if self._bar is not None:
       self._bar.close()
 
@@ -129,36 +127,50 @@ class MetricsWriter:
   def _write(self, kind: str, step: int, epoch: float, scalars: dict[str, float]) -> dict:
     record = {"kind": kind, "step": step, "epoch": epoch, **scalars}
     self._records.append(record)
+    self._unflushed.append(record)
     with self._retrying_later():
       if self._lines is not None:
         self._lines.write(json.dumps(record) + "\n")
-      with self._summaries.as_default(step=step):
-        for name, value in scalars.items():
-          tf.summary.scalar(f"{_GROUPS[kind]}/{name}", value)
+        self._events.write(_GROUPS[kind], step, scalars)
     return record
 
   def flush(self):
     """Makes the records durable; if the disk is full, logs that and retries at the next call."""
     with self._retrying_later():
       if self._lines is None:
-        # The whole file again, because a failed write may have left any part of a line.
-        files.write_text(self._path, "".join(json.dumps(r) + "\n" for r in self._records))
-        self._lines = tf.io.gfile.GFile(self._path, "a")
+        self._write_again()
       self._lines.flush()
-      self._summaries.flush()
+      self._events.flush()
+      self._last |= {record["kind"]: record["step"] for record in self._unflushed}
+      self._unflushed.clear()
       self._failing = False
+
+  def _write_again(self):
+    """Makes all files hold exactly the records, whatever a killed run or a failed write left."""
+    files.write_text(self._path, "".join(json.dumps(r) + "\n" for r in self._records))
+    # TensorBoard reads nothing past a torn event, so after a failed write a new file begins.
+    self._events.open()
+    self._events.drop_after({_GROUPS[kind]: step for kind, step in self._last.items()})
+    for record in self._unflushed:
+      scalars = {name: x for name, x in record.items() if name not in ("kind", "step", "epoch")}
+      self._events.write(_GROUPS[record["kind"]], record["step"], scalars)
+    self._lines = tf.io.gfile.GFile(self._path, "a")
 
   @contextlib.contextmanager
   def _retrying_later(self):
     try:
       yield
     except files.FAILURES as error:
-      lines, self._lines = self._lines, None
-      with contextlib.suppress(AttributeError, *files.FAILURES):
-        lines.close()
+      self._close()
       if not self._failing:
         self._failing = True
         self.say(f"Cannot write the metrics ({summary(error)}); will retry.")
+
+  def _close(self):
+    lines, self._lines = self._lines, None
+    with contextlib.suppress(AttributeError, *files.FAILURES):
+      lines.close()
+    self._events.close()
 
 
 def read_metrics(work_dir: str) -> list[dict]:
@@ -193,8 +205,3 @@ def _record(line: bytes) -> dict | None:
     return {**record, "step": int(record["step"]), "kind": str(record["kind"])}
   except (ValueError, TypeError, KeyError, OverflowError):
     return None
-
-
-def _hparam(value):
-  """Converts a value to what TensorBoard accepts as a hyper-parameter."""
-  return value if isinstance(value, (bool, int, float, str)) else str(value)

@@ -183,7 +183,7 @@ def _metrics(run: _Run, restored: Manifest | None, evaluated_epochs: int):
       run.recipe.to_dict() | run.facts["derived"],
       restored.step if restored else 0,
       run.facts["derived"]["total_steps"],
-      evaluated_epochs=evaluated_epochs,
+      evaluated_step=evaluated_epochs * run.facts["derived"]["steps_per_epoch"],
     )
     if run.cluster.is_chief:
       work_directory.write_recipe(run.recipe, run.options, run.facts)

@@ -85,7 +85,7 @@ def _make_loop(model, optimizer, recipe: Recipe, train_step, batch, bare: Runner
     check_error=None,
     networks=None,
     checkpoints=Checkpoints(work_dir, model, optimizer),
-    metrics=MetricsWriter(work_dir, recipe.to_dict(), 0, 10**6, evaluated_epochs=0),
+    metrics=MetricsWriter(work_dir, recipe.to_dict(), 0, 10**6),
     bad=None,
     stop=StopRequest(),
     alone=True,
