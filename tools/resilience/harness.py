@@ -21,11 +21,12 @@ from tools import launch_local
 _ROOT = pathlib.Path(__file__).parents[2]
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL_SECONDS = 0.05
-_LIMIT_SECONDS = 300.0
+_LIMIT_SECONDS = 1800.0  # Only a hang takes so long, even on a busy machine.
 _UNDISTURBED_LIMIT_SECONDS = 3600.0
 _START = re.compile(
   r"^\[task 0\] .*(?:Continuing from|Beginning at) step (\d+) of", flags=re.MULTILINE
 )
+_RESTART = re.compile(r"^Restart \d+ of", flags=re.MULTILINE)
 
 
 def prepare():
@@ -86,12 +87,14 @@ class LaunchedRun:
     directory.mkdir(parents=True)
     self._arguments = [*arguments, "--log_every_steps=1", f"--work_dir={self.work_dir}"]
     self._launcher: subprocess.Popen | None = None
+    self._launchers = 0
 
   def launch(self, tasks: int, max_restarts: int = 0):
     command = [sys.executable, "-m", "tools.launch_local", f"--tasks={tasks}"]
     command += [f"--max_restarts={max_restarts}", "--", *self._arguments]
     with open(self.log, "a") as log:
       self._launcher = launch_local.start_process(command, dict(os.environ), log, _ROOT)
+    self._launchers += 1
 
   def terminate(self):
     self._launcher.terminate()
@@ -146,9 +149,17 @@ class LaunchedRun:
     except FileNotFoundError:
       return 0
 
+  def log_text(self) -> str:
+    return self.log.read_text(errors="replace")
+
+  @property
+  def launches(self) -> int:
+    """How often all tasks were started, by new launchers or by a launcher's restarts."""
+    return self._launchers + len(_RESTART.findall(self.log_text()))
+
   def starts(self) -> list[int]:
     """Returns the steps that the log says training started or resumed from, in order."""
-    return [int(step) for step in _START.findall(self.log.read_text(errors="replace"))]
+    return [int(step) for step in _START.findall(self.log_text())]
 
   def outcome(self) -> dict:
     """Returns what must be reproduced: the digest of the weights, all losses and errors."""
