@@ -15,6 +15,7 @@ from tests.launching import ROOT
 _FLOORS = (
   {"errors"},
   {"fields", "files", "signals"},
+  {"locks"},
   {"recipe", "options"},
   {"command_line"},
   {"data", "distributed", "models", "optim"},

@@ -36,9 +36,9 @@ with stop.watch_signals():
 
 
 @contextlib.contextmanager
-def program(mode):
+def program(mode, source=PROGRAM):
   process = subprocess.Popen(
-    [sys.executable, "-c", PROGRAM, mode],
+    [sys.executable, "-c", source, mode],
     cwd=ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -121,3 +121,35 @@ def test_the_signal_mask_is_restored():
   assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
   with pytest.raises(KeyboardInterrupt):
     os.kill(os.getpid(), signal.SIGINT)
+
+
+CLEAN_UP = """
+import signal, sys, time
+from tf_largebatch import signals
+stop = signals.StopRequest()
+with stop.watch_signals():
+  gone = []
+  def clean_up():
+    gone.append(True)
+    time.sleep(1)
+    print("cleaned up", flush=True)
+    time.sleep(30 if sys.argv[1] == "hangs" else 0)
+  signals._CLEAN_UP_SECONDS = 2
+  try:
+    with signals.cleaning_up(clean_up):
+      print("ready", flush=True)
+      while not gone:
+        time.sleep(0.01)
+      raise OSError("the directory vanished")
+  finally:
+    print("left the context", flush=True)
+"""
+
+
+@pytest.mark.parametrize("mode", ["ends", "hangs"])
+def test_a_clean_up_runs_first_and_the_errors_that_it_causes_are_not_reported(mode):
+  with program(mode, CLEAN_UP) as process:
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+    assert process.stdout.read() == "cleaned up\n"
+    assert process.stderr.read() == "error: Ended at once by SIGINT.\n"

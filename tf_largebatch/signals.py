@@ -7,11 +7,16 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Slurm sends two SIGTERMs for one preemption, 0.1 s apart.
 _SAME_REQUEST_SECONDS = 2.0
 _POLL_SECONDS = 0.05
+_CLEAN_UP_SECONDS = 10.0
+
+_clean_ups: list[Callable[[], object]] = []
+_ending = threading.RLock()
 
 
 def next_signal(signals: tuple[int, ...], seconds: float) -> int | None:
@@ -95,12 +100,32 @@ class StopRequest:
       end_process(128 + number)
 
 
+@contextlib.contextmanager
+def cleaning_up(clean_up: Callable[[], object]):
+  """Has `end_process` call `clean_up`, for a few seconds at most, inside the context.
+
+  Once the process is ending, the context is never left, so errors that the clean-up causes in the
+  main thread are not reported.
+  """
+  _clean_ups.append(clean_up)
+  try:
+    yield
+  finally:
+    with _ending:
+      _clean_ups.remove(clean_up)
+
+
 def end_process(status: int):
   """Exits without the interpreter's clean-up, which may wait for tasks that no longer exist."""
-  for stream in (sys.stdout, sys.stderr):
-    with contextlib.suppress(OSError, ValueError):
-      stream.flush()
-  os._exit(status)
+  with _ending:
+    for clean_up in _clean_ups:
+      thread = threading.Thread(target=clean_up, daemon=True)
+      thread.start()
+      thread.join(_CLEAN_UP_SECONDS)
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError, ValueError):
+        stream.flush()
+    os._exit(status)
 
 
 def print_line(text: str, to_stdout: bool = False):

@@ -14,6 +14,7 @@ import pytest
 import requests
 import tensorflow_datasets as tfds
 
+from tests import locks_test
 from tests.launching import ROOT
 from tf_largebatch.data import preparation
 from tf_largebatch.errors import UserError
@@ -164,6 +165,19 @@ def test_of_two_processes_one_prepares_and_one_waits(tmp_path, log):
   assert [process.wait(timeout=60) for process in processes] == [0, 0]
   assert log.read_text() == "prepared\n"
   assert tfds.builder("tiny_shapes", data_dir=data_dir).is_prepared()
+
+
+@pytest.mark.parametrize("kind", ["record", "lease"])
+def test_it_waits_on_file_systems_without_flock_too(kind, tmp_path, log, monkeypatch, caplog):
+  locks_test.leave(kind, monkeypatch.setattr)
+  with locks_test.holder(tmp_path / ".preparation.lock", kind) as process:
+    timer = threading.Timer(1, process.stdin.close)
+    timer.start()
+    with caplog.at_level("INFO", logger="absl"):
+      preparation.prepare("tiny_shapes", str(tmp_path))
+    timer.join()
+  assert "Waiting for another process that prepares data in" in caplog.text
+  assert log.read_text() == "prepared\n"
 
 
 def test_what_another_process_prepared_while_we_waited_is_found(tmp_path, log, monkeypatch):

@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import fcntl
 import functools
 import os
 import pathlib
@@ -16,7 +15,10 @@ import requests
 import tensorflow_datasets as tfds
 from absl import logging
 
+from tf_largebatch import locks
+from tf_largebatch.data import left_overs
 from tf_largebatch.errors import UserError, summary
+from tf_largebatch.signals import cleaning_up
 
 _PROBE_SECONDS = 10
 
@@ -45,7 +47,8 @@ def prepare(
   Returns at once if it is there. Otherwise tries, in this order, the files that the user put into
   `<data_dir>/downloads/manual`, TFDS's own download, and the data set's mirror. If several
   processes call this at the same time, one prepares and the others wait. Remote file systems
-  (`gs://`) have no locks: there, call it from one process.
+  (`gs://`) have no locks: there, call it from one process. Nothing is left of a preparation that
+  fails or is ended by a signal; the next one removes what is left of one that was killed.
 
   Args:
     dataset: a name that `tfds.load` accepts: `name`, `name/config` or `name/config:version`.
@@ -73,7 +76,8 @@ def build(
 ) -> None:
   """Lets TFDS download what is not in `manual_dir` and write the examples, all or none."""
   tfds.display_progress_bar(sys.stderr.isatty())
-  with contextlib.redirect_stdout(sys.stderr):  # TFDS prints; stdout belongs to the program.
+  # TFDS prints; stdout belongs to the program.
+  with contextlib.redirect_stdout(sys.stderr), left_overs.removable(builder):
     builder.download_and_prepare(
       download_config=tfds.download.DownloadConfig(
         manual_dir=manual_dir, extract_dir=scratch / "extracted", try_download_gcs=False
@@ -120,9 +124,13 @@ def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
 
 @contextlib.contextmanager
 def _exclusive_scratch_dir(data_dir: str) -> Iterator[pathlib.Path]:
-  """Holds the lock of `data_dir` and yields an empty directory, which is removed at the end."""
+  """Holds the lock of `data_dir` and yields an empty directory, which is removed at the end.
+
+  It is also removed when a signal ends the process, and at the next preparation after one that was
+  killed.
+  """
   if "://" in data_dir:
-    with tempfile.TemporaryDirectory() as scratch:
+    with locks.exclusive(data_dir), tempfile.TemporaryDirectory() as scratch:
       yield pathlib.Path(scratch)
     return
   # Next to the data, where there must be enough space anyway.
@@ -130,13 +138,14 @@ def _exclusive_scratch_dir(data_dir: str) -> Iterator[pathlib.Path]:
   with contextlib.ExitStack() as stack:
     try:
       os.makedirs(data_dir, exist_ok=True)
-      lock = stack.enter_context(open(f"{scratch}.lock", "w"))
-      try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        logging.info("Waiting for another process that prepares data in %s.", data_dir)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+      stack.enter_context(
+        locks.exclusive(
+          f"{scratch}.lock",
+          lambda: logging.info("Waiting for another process that prepares data in %s.", data_dir),
+        )
+      )
       # This process holds the lock, so any contents are left over from one that was killed.
+      left_overs.remove(data_dir)
       shutil.rmtree(scratch, ignore_errors=True)
       scratch.mkdir()
     except OSError as error:
@@ -144,6 +153,7 @@ def _exclusive_scratch_dir(data_dir: str) -> Iterator[pathlib.Path]:
         f"Cannot write to data_dir {data_dir!r} ({error.strerror}); name another directory."
       ) from error
     stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+    stack.enter_context(cleaning_up(functools.partial(left_overs.remove_tree, scratch)))
     yield scratch
 
 

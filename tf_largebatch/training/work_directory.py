@@ -2,14 +2,11 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import os
-import platform
 
 import tensorflow as tf
-from absl import logging
 
-from tf_largebatch import files
+from tf_largebatch import files, locks
 from tf_largebatch.command_line import to_flagfile
 from tf_largebatch.errors import UserError, summary
 from tf_largebatch.options import RunOptions
@@ -132,30 +129,20 @@ def make_writable(work_dir: str) -> None:
 
 @contextlib.contextmanager
 def locked(work_dir: str):
-  """Refuses a second run in a local or NFS directory; the lock ends with the process.
+  """Refuses a second run in the directory; the lock ends with the process (see `locks`).
 
   Raises:
     UserError: another run uses the directory.
   """
-  if "://" in work_dir:
-    yield  # An object store has no locks.
-    return
-  with wrap_write_errors(work_dir):
-    file = open(os.path.join(work_dir, ".lock"), "a+", errors="replace")  # noqa: SIM115
-  with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      file.seek(0)
-      raise UserError(
-        f"work_dir={work_dir} is in use by a run ({file.read().strip()}); end that one first, or "
-        "choose another work_dir."
-      ) from error
-    except OSError as error:
-      logging.warning("%s cannot be locked (%s).", file.name, summary(error))
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
+  with contextlib.ExitStack() as stack:
+    with wrap_write_errors(work_dir):
+      try:
+        stack.enter_context(locks.exclusive(os.path.join(work_dir, ".lock")))
+      except locks.HeldError as error:
+        raise UserError(
+          f"work_dir={work_dir} is in use by a run ({error}); end that one first, or choose "
+          "another work_dir."
+        ) from error
     yield
 
 
