@@ -3,20 +3,22 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from tests.launching import ROOT, SMALL, launch
-from tools.launch_local import free_addresses
+from tools.launch_local import free_addresses, task_environment
 
 FLAGS = (*SMALL, "--epochs=1")
 
 
 def test_the_binary_on_two_tasks(tmp_path):
+  tmp_path = tmp_path / "run"
   # --verbosity=0 has every task log its INFO lines, not the chief alone.
-  arguments = [*FLAGS, "--verbosity=0", f"--work_dir={tmp_path}"]
+  arguments = [*FLAGS, "--verbosity=0", "--checkpoint_every_steps=2", f"--work_dir={tmp_path}"]
   finished = launch(2, "tf_largebatch.train", *arguments)
   assert finished.returncode == 0, finished.stdout
   result = json.loads((tmp_path / "result.json").read_text())
@@ -27,6 +29,23 @@ def test_the_binary_on_two_tasks(tmp_path):
   assert sorted(digests) == [(task, result["weights_sha256"]) for task in ("0", "1")]
   assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4 + 1
   assert len(os.listdir(tmp_path / "tensorboard")) == 1
+  check_that_tasks_agree_on_a_checkpoint(tmp_path, result)
+
+
+def check_that_tasks_agree_on_a_checkpoint(work_dir, result):
+  """Task 1 sees the newest checkpoint (step 4) torn, and both resume from step 2."""
+  (work_dir / "result.json").unlink()
+  view = work_dir.with_name("view")
+  shutil.copytree(work_dir, view)
+  (view / "checkpoints" / "step-0000000004.npz").write_bytes(b"torn")
+  arguments = ([f"--work_dir={directory}", "--verbosity=0"] for directory in (work_dir, view))
+  for status, error in run_tasks(*arguments):
+    assert status == 0, error
+    assert "Step 2 is the newest checkpoint that all tasks see whole; task 1 does not" in error
+    assert "Continuing from step 2 of 4." in error
+  again = json.loads((work_dir / "result.json").read_text())
+  assert again["weights_sha256"] == result["weights_sha256"]
+  assert not (view / "result.json").exists()
 
 
 def test_workers_must_be_a_multiple_of_the_tasks(tmp_path):
@@ -38,20 +57,17 @@ def test_workers_must_be_a_multiple_of_the_tasks(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-  "name, values", [("seed", (0, 1)), ("allreduce_dtype", ("float32", "bfloat16"))]
-)
-def test_tasks_with_different_flags_do_not_train_together(tmp_path, name, values):
+def run_tasks(*arguments):
+  """Runs two tasks, each with its own arguments; returns their statuses and standard errors."""
   addresses = free_addresses(2)
   tasks = []
   for index in range(2):
-    config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-    command = [sys.executable, "-m", "tf_largebatch.train", *FLAGS, f"--{name}={values[index]}"]
     tasks.append(
       subprocess.Popen(
-        [*command, f"--work_dir={tmp_path / 'run'}"],
+        [sys.executable, "-m", "tf_largebatch.train", *FLAGS, *arguments[index]],
         cwd=ROOT,
-        env={**os.environ, "TF_CONFIG": json.dumps(config)},
+        env=task_environment(addresses, index),
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
       )
@@ -62,8 +78,16 @@ def test_tasks_with_different_flags_do_not_train_together(tmp_path, name, values
     for task in tasks:
       task.kill()
       task.wait()
-  for task, error in zip(tasks, errors, strict=True):
-    assert task.returncode == 1, error
+  return [(task.returncode, error) for task, error in zip(tasks, errors, strict=True)]
+
+
+@pytest.mark.parametrize(
+  "name, values", [("seed", (0, 1)), ("allreduce_dtype", ("float32", "bfloat16"))]
+)
+def test_tasks_with_different_flags_do_not_train_together(tmp_path, name, values):
+  work_dir = f"--work_dir={tmp_path / 'run'}"
+  for status, error in run_tasks(*([f"--{name}={value}", work_dir] for value in values)):
+    assert status == 1, error
     assert "error: The tasks do not agree: " in error and "Traceback" not in error
   assert not (tmp_path / "run").exists()
 

@@ -1,13 +1,23 @@
 """What the tasks of a run agree on, and where they wait for each other."""
 
 import contextlib
+import time
 import zlib
 from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from tf_largebatch.errors import UserError
+
+# Network file systems may show a new file to other machines only after about a minute. Seconds
+# between the looks of tasks that see different files.
+_PAUSES = (5, 15, 40)
+
+
+class DifferentViewsError(UserError):
+  """Tasks see different files where all should see the same."""
 
 
 def make_gather(strategy: tf.distribute.Strategy, function: Callable) -> Callable[..., np.ndarray]:
@@ -44,6 +54,46 @@ def make_gather(strategy: tf.distribute.Strategy, function: Callable) -> Callabl
 def gather(strategy: tf.distribute.Strategy, value: float) -> np.ndarray:
   """Returns every replica's value in order, float64 `[replicas]`; waits for all replicas."""
   return make_gather(strategy, lambda: np.float64(value))()
+
+
+def make_task_gather(strategy: tf.distribute.Strategy, tasks: int) -> Callable[..., np.ndarray]:
+  """Returns a function that gathers one array from each task.
+
+  Args:
+    strategy: made by `make_strategy`.
+    tasks: number of tasks.
+
+  Returns:
+    A function of an array, whose shape must be the same on all tasks. It returns float64
+    `[tasks, …]`, the same on all tasks, and so waits for all of them.
+  """
+  replicas_per_task = strategy.num_replicas_in_sync // tasks
+  gather_from_replicas = make_gather(strategy, lambda value: value)
+
+  def gather_from_tasks(value) -> np.ndarray:
+    return gather_from_replicas(np.asarray(value, np.float64))[::replicas_per_task]
+
+  return gather_from_tasks
+
+
+def retry_until_views_agree(attempt: Callable):
+  """Calls `attempt` again for a minute while tasks see different files, and returns its result.
+
+  Args:
+    attempt: looks at the files; raises the same DifferentViewsError on all tasks, or on none.
+  """
+  for index, seconds in enumerate(_PAUSES):
+    try:
+      return attempt()
+    except DifferentViewsError as error:
+      if index == 0:
+        logging.info(
+          "%s Trying again for %d s, because network file systems may show new files late.",
+          error,
+          sum(_PAUSES),
+        )
+    time.sleep(seconds)
+  return attempt()
 
 
 def require_agreement(strategy: tf.distribute.Strategy, facts: tuple, otherwise: str) -> None:

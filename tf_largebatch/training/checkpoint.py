@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -86,7 +87,7 @@ class Checkpoints:
       model, optimizer, loss_scale (may be None): built; what is saved and restored.
       saves: False if another process saves (`save` and the like then do nothing).
     """
-    self._directory = directory
+    self.directory = directory
     owners = {"model": model.variables, "optimizer": optimizer.variables}
     if loss_scale is not None:
       owners["loss_scale"] = loss_scale.variables
@@ -108,29 +109,66 @@ class Checkpoints:
       Its manifest; None if there is no checkpoint.
 
     Raises:
-      UserError: the checkpoint belongs to another network or optimizer, or the path of the
-        checkpoints is not a directory.
+      UserError: see `manifests` and `restore`.
+    """
+    for manifest in self.manifests():
+      arrays = self.read(manifest)
+      if arrays is not None:
+        self.restore(manifest, arrays)
+        return manifest
+    return None
+
+  def manifests(self) -> Iterator[Manifest]:
+    """Yields the whole manifests, newest first; logs the others.
+
+    Raises:
+      UserError: the path of the checkpoints is not a directory.
     """
     try:
-      names = _manifests(self._directory)
+      names = _manifests(self.directory)
     except files.FAILURES as error:
       raise UserError(
-        f"The checkpoints {self._directory} cannot be listed ({summary(error)}); move away what "
+        f"The checkpoints {self.directory} cannot be listed ({summary(error)}); move away what "
         "is there, or choose another work_dir."
       ) from error
     for name in reversed(names):
-      path = os.path.join(self._directory, name)
       try:
-        manifest, arrays = self._read(path)
-        break
+        manifest = _read_manifest(os.path.join(self.directory, name))
+        if manifest.step != _step_of(name):
+          raise ValueError(f"its manifest is of step {manifest.step}")
       except (*files.FAILURES, ValueError) as error:
-        logging.warning(
-          "Skipping the checkpoint %s, which is not whole (%s).", path, summary(error)
-        )
-    else:
+        self._log_skipped(name, error)
+      else:
+        yield manifest
+
+  def read(self, manifest: Manifest) -> dict[str, np.ndarray] | None:
+    """Returns the state of a checkpoint; logs why and returns None if it is not whole."""
+    name = _name_of(manifest.step)
+    try:
+      with tf.io.gfile.GFile(_state_path(os.path.join(self.directory, name)), "rb") as file:
+        content = file.read()
+      if len(content) != manifest.bytes:
+        raise ValueError(f"{len(content)} bytes of state instead of {manifest.bytes}")
+      if hashlib.sha256(content).hexdigest() != manifest.sha256:
+        raise ValueError("the state's SHA-256 differs from the manifest's")
+      return dict(np.load(io.BytesIO(content), allow_pickle=False))
+    except (*files.FAILURES, ValueError) as error:
+      self._log_skipped(name, error)
       return None
+
+  def _log_skipped(self, name: str, error: Exception) -> None:
+    path = os.path.join(self.directory, name)
+    logging.warning("Skipping the checkpoint %s, which is not whole (%s).", path, summary(error))
+
+  def restore(self, manifest: Manifest, arrays: dict[str, np.ndarray]) -> None:
+    """Assigns the state of a checkpoint.
+
+    Raises:
+      UserError: it belongs to another network or optimizer.
+    """
     expected = {name: (tuple(v.shape), v.dtype) for name, v in self._variables.items()}
     if expected != {name: (array.shape, array.dtype.name) for name, array in arrays.items()}:
+      path = os.path.join(self.directory, _name_of(manifest.step))
       raise UserError(
         f"The checkpoint {path} holds other variables than this recipe's network and optimizer; "
         "another version wrote it: continue with that version, or choose another work_dir."
@@ -138,19 +176,6 @@ class Checkpoints:
     for name, variable in self._variables.items():
       variable.assign(arrays[name])
     self._step = manifest.step
-    return manifest
-
-  def _read(self, path: str) -> tuple[Manifest, dict[str, np.ndarray]]:
-    manifest = _read_manifest(path)
-    if manifest.step != _step_of(path):
-      raise ValueError(f"its manifest is of step {manifest.step}")
-    with tf.io.gfile.GFile(_state_path(path), "rb") as file:
-      content = file.read()
-    if len(content) != manifest.bytes:
-      raise ValueError(f"{len(content)} bytes of state instead of {manifest.bytes}")
-    if hashlib.sha256(content).hexdigest() != manifest.sha256:
-      raise ValueError("the state's SHA-256 differs from the manifest's")
-    return manifest, dict(np.load(io.BytesIO(content), allow_pickle=False))
 
   @property
   def busy(self) -> bool:
@@ -188,12 +213,12 @@ class Checkpoints:
     """Removes the checkpoints from `step` on, because their state proved to be bad."""
     if self._saves:
       self.wait()
-      self._remove(name for name in _manifests(self._directory) if _step_of(name) >= step)
+      self._remove(name for name in _manifests(self.directory) if _step_of(name) >= step)
 
   def newest_step(self) -> int | None:
     """Returns the newest checkpoint's step, whichever process saved it; None if none exists."""
     self.wait()
-    names = _manifests(self._directory)
+    names = _manifests(self.directory)
     return _step_of(names[-1]) if names else None
 
   def _write(self, step: int, seconds: float, arrays: dict[str, np.ndarray]) -> None:
@@ -206,9 +231,9 @@ class Checkpoints:
         len(arrays),
       )
       return
-    path = os.path.join(self._directory, f"step-{step:010d}.json")
+    path = os.path.join(self.directory, _name_of(step))
     try:
-      tf.io.gfile.makedirs(self._directory)
+      tf.io.gfile.makedirs(self.directory)
       with files.replacing(_state_path(path), "wb") as file:
         digested = _Digested(file)
         np.savez(digested, **arrays)
@@ -225,7 +250,7 @@ class Checkpoints:
       )
 
   def _note(self, step: int, error: float) -> None:
-    path = os.path.join(self._directory, f"step-{step:010d}.json")
+    path = os.path.join(self.directory, _name_of(step))
     try:
       if tf.io.gfile.exists(path):  # Otherwise it could not be saved.
         manifest = _read_manifest(path)
@@ -247,23 +272,23 @@ class Checkpoints:
     and would count among the last three.
     """
     manifests = {}
-    for name in _manifests(self._directory):
+    for name in _manifests(self.directory):
       if _step_of(name) > newest:
         continue
       with contextlib.suppress(ValueError):  # A changed manifest does not count.
-        manifests[name] = _read_manifest(os.path.join(self._directory, name))
+        manifests[name] = _read_manifest(os.path.join(self.directory, name))
     rated = [name for name in manifests if manifests[name].validation_error is not None]
     best = min(rated, key=lambda name: manifests[name].validation_error, default=None)
     kept = {*list(manifests)[-_KEEP:], best}
-    self._remove(name for name in _manifests(self._directory) if name not in kept)
+    self._remove(name for name in _manifests(self.directory) if name not in kept)
     whole = {name for manifest in kept - {None} for name in (manifest, _state_path(manifest))}
-    for name in tf.io.gfile.listdir(self._directory):
+    for name in tf.io.gfile.listdir(self.directory):
       if _OURS.fullmatch(name) and name not in whole:
-        tf.io.gfile.remove(os.path.join(self._directory, name))
+        tf.io.gfile.remove(os.path.join(self.directory, name))
 
   def _remove(self, names) -> None:
     for name in list(names):
-      path = os.path.join(self._directory, name)
+      path = os.path.join(self.directory, name)
       tf.io.gfile.remove(path)  # First, because it marks the state as whole.
       if tf.io.gfile.exists(_state_path(path)):
         tf.io.gfile.remove(_state_path(path))
@@ -295,6 +320,10 @@ def _read_manifest(path: str) -> Manifest:
 
 def _state_path(manifest: str) -> str:
   return manifest.removesuffix(".json") + ".npz"
+
+
+def _name_of(step: int) -> str:
+  return f"step-{step:010d}.json"
 
 
 def _step_of(manifest: str) -> int:

@@ -4,11 +4,12 @@ import dataclasses
 
 from tf_largebatch.data import preparation, sources
 from tf_largebatch.distributed.cluster import Cluster
-from tf_largebatch.distributed.collectives import require_agreement
+from tf_largebatch.distributed.collectives import make_task_gather, require_agreement
 from tf_largebatch.errors import UserError
 from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.training import work_directory
+from tf_largebatch.training.agreement import require_same_files
 
 _SMALL = 64  # Pixels: up to this side, square images are trained at their own size.
 # Options that must be equal on all tasks: they decide what a task sends, or when it reports.
@@ -31,6 +32,9 @@ def resolve_run(
   """
   if recipe.dataset not in sources.GENERATED:
     preparation.prepare(recipe.dataset, options.data_dir)
+  if cluster.num_tasks > 1:
+    gather = make_task_gather(strategy, cluster.num_tasks)
+    require_same_files(gather, options.work_dir, ("recipe.json", "result.json"))
   recipe = work_directory.with_stored_workers(recipe, options.work_dir)
   recipe = resolve(recipe, strategy.num_replicas_in_sync, options.data_dir)
   splits = (recipe.train_split, recipe.validation_split)

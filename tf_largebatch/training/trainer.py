@@ -12,7 +12,7 @@ from absl import logging
 
 from tf_largebatch.data import sources
 from tf_largebatch.distributed.cluster import Cluster
-from tf_largebatch.distributed.collectives import meet, require_agreement
+from tf_largebatch.distributed.collectives import make_task_gather, meet
 from tf_largebatch.distributed.lost_tasks import report_lost_tasks
 from tf_largebatch.distributed.strategy import describe, make_strategy
 from tf_largebatch.errors import UserError
@@ -20,6 +20,7 @@ from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.signals import StopRequest
 from tf_largebatch.training import batches, building, environment, reporting, step, work_directory
+from tf_largebatch.training.agreement import restore_newest_of_all
 from tf_largebatch.training.bad_examples import BadExamples
 from tf_largebatch.training.checkpoint import Checkpoints, Manifest
 from tf_largebatch.training.evaluation import make_evaluation
@@ -142,7 +143,7 @@ def _work_directory(run: _Run):
 
 
 def _restore(run: _Run, networks: building.Networks) -> tuple[Checkpoints, Manifest | None]:
-  """Restores the newest checkpoint, the same one on all tasks."""
+  """Restores the newest checkpoint, the same on all tasks."""
   work_dir, total_steps = run.options.work_dir, run.facts["derived"]["total_steps"]
   checkpoints = Checkpoints(
     os.path.join(work_dir, "checkpoints"),
@@ -151,10 +152,12 @@ def _restore(run: _Run, networks: building.Networks) -> tuple[Checkpoints, Manif
     networks.loss_scale,
     saves=run.cluster.is_chief,
   )
-  restored = checkpoints.restore_newest()
-  done = restored.step if restored else 0
   if run.cluster.num_tasks > 1:
-    require_agreement(run.strategy, restored, f"this one restored step {done} from {work_dir}")
+    gather = make_task_gather(run.strategy, run.cluster.num_tasks)
+    restored = restore_newest_of_all(checkpoints, gather)
+  else:
+    restored = checkpoints.restore_newest()
+  done = restored.step if restored else 0
   if done > total_steps:
     raise UserError(
       f"work_dir={work_dir} has a checkpoint of step {done}, past the {total_steps} of this run: "
