@@ -1,6 +1,6 @@
 r"""Injects faults into training runs at random moments and checks that the results do not change.
 
-  python -m tools.resilience.chaos --faults=100 --tasks=1,2,3 --directory=chaos
+  python -m tools.resilience.chaos --faults=100 --tasks=1,2,3 --directory=runs/chaos
   python -m tools.resilience.chaos --elastic=2,1,4
   python -m tools.resilience.chaos --faults=8 --tasks=2 -- --flagfile=flags/… --data_dir=…
 
@@ -140,10 +140,10 @@ def _permitted_kinds(requested: list[str]) -> list[str]:
     namespaces.isolate()
     return kinds
   except OSError as error:
-    text = f"{' and '.join(isolated)} need root, to create namespaces ({error.strerror})"
+    reason = f"{' and '.join(isolated)}: creating namespaces needs root ({error.strerror})"
     if requested:
-      raise UserError(f"--kinds: {text}; use other kinds") from error
-    print(f"Leaving out {text}.", file=sys.stderr)
+      raise UserError(f"--kinds: cannot inject {reason}; use other kinds") from error
+    print(f"Leaving out {reason}.", file=sys.stderr)
     return [kind for kind in kinds if kind not in isolated]
 
 

@@ -71,11 +71,17 @@ def test_kinds_that_are_not_permitted_are_left_out_or_refused(monkeypatch, capsy
   assert chaos._permitted_kinds(["kill"]) == ["kill"]
   assert capsys.readouterr().err == ""
   assert chaos._permitted_kinds([]) == ["kill", "stop", "terminate", "corrupt", "launcher"]
-  reason = "cut and disk need root, to create namespaces (Operation not permitted)"
-  assert capsys.readouterr().err == f"Leaving out {reason}.\n"
+  reason = "creating namespaces needs root (Operation not permitted)"
+  assert capsys.readouterr().err == f"Leaving out cut and disk: {reason}.\n"
   with pytest.raises(UserError) as error:
     chaos._permitted_kinds(["disk", "kill"])
-  assert str(error.value).startswith("--kinds: disk need")
+  assert str(error.value) == f"--kinds: cannot inject disk: {reason}; use other kinds"
+
+
+def test_the_trainer_logs_the_lines_that_the_faults_wait_for():
+  package = [path.read_text() for path in (ROOT / "tf_largebatch").rglob("*.py")]
+  for text in faults._DISK_IS_FULL:
+    assert any(text in source for source in package), text
 
 
 def test_the_files_of_a_failed_run_are_kept():

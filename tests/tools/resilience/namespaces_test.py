@@ -50,7 +50,7 @@ assert (path / "kept").read_text() == "after"
 """
 
 
-@pytest.mark.parametrize("program", [_LINK, _DISK])
+@pytest.mark.parametrize("program", [_LINK, _DISK], ids=["link", "disk"])
 def test_in_a_process_of_its_own(program, tmp_path):
   """A cut link delays bytes but loses none; a full disk takes none, and its files outlast it."""
   finished = subprocess.run(
