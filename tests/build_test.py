@@ -14,7 +14,7 @@ from tests.launching import ROOT
 # lower floors and from its own folder.
 _FLOORS = (
   {"errors"},
-  {"fields", "files", "signals"},
+  {"fields", "files", "machine", "signals"},
   {"locks"},
   {"recipe", "options"},
   {"command_line"},

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import os
 import struct
-import types
 
 import numpy as np
 import pytest
@@ -99,8 +98,7 @@ def test_a_cache_returns_the_same_examples(tmp_path):
 
 
 def test_a_cache_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
-  memory = types.SimpleNamespace(available=99)
-  monkeypatch.setattr(memory_sources.psutil, "virtual_memory", lambda: memory)
+  monkeypatch.setattr(memory_sources, "free_memory", lambda: 99)
   with pytest.raises(UserError, match="use --nocache"):
     sources.CachedSource(Shards(str(tmp_path)).open())
 

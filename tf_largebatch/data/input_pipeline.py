@@ -10,13 +10,13 @@ if the images share one shape, else for one encoded image at a time, on all core
 """
 
 import functools
-import os
 from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 
 from tf_largebatch.data import augmentation, shuffle
+from tf_largebatch.machine import usable_cores
 from tf_largebatch.recipe import Recipe
 
 # How many successive examples are tried in place of one that cannot be read.
@@ -157,7 +157,7 @@ def _load(recipe: Recipe, source, plans, transform, size: int, groups: int, on_b
     A data set of (ids, images uint8 `[groups, size, H, W, C]`, labels int32, read bool); read is
     false where another image replaces one that cannot be read.
   """
-  threads = len(os.sched_getaffinity(0))
+  threads = usable_cores()
   parallel = {"num_parallel_calls": threads, "deterministic": True}
 
   def read(ids, draws):

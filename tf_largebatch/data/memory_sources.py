@@ -1,12 +1,12 @@
 """Sources that hold their examples in memory."""
 
 import numpy as np
-import psutil
 import tensorflow as tf
 from absl import logging
 
 from tf_largebatch.data.record_sources import RecordSource
 from tf_largebatch.errors import UserError
+from tf_largebatch.machine import free_memory
 
 
 class ArraySource:
@@ -48,11 +48,16 @@ class CachedSource:
     return tf.gather(self._records, indices)
 
 
+def fits_in_memory(num_bytes: int) -> bool:
+  """Whether so much memory is free, with a margin for everything else."""
+  return num_bytes <= 0.9 * free_memory()
+
+
 def require_memory(num_bytes: int, remedy: str = "--nocache"):
   """Raises a UserError that recommends `remedy` unless so much memory is free."""
-  free = psutil.virtual_memory().available
-  if num_bytes > 0.9 * free:
+  if not fits_in_memory(num_bytes):
     raise UserError(
-      f"The split needs {num_bytes / 2**30:.1f} GiB of memory, but only {free / 2**30:.1f} GiB are "
-      f"free; use {remedy}."
+      f"The split needs {num_bytes / 2**30:.1f} GiB of memory, but only "
+      f"{free_memory() / 2**30:.1f} GiB are free (a container's limit and ulimit -v count too); "
+      f"use {remedy}."
     )

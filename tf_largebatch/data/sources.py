@@ -20,7 +20,12 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from tf_largebatch.data.memory_sources import ArraySource, CachedSource, require_memory
+from tf_largebatch.data.memory_sources import (
+  ArraySource,
+  CachedSource,
+  fits_in_memory,
+  require_memory,
+)
 from tf_largebatch.data.record_sources import (
   FAULTS,
   ArrayRecordSource,
@@ -37,7 +42,7 @@ GENERATED = {"synthetic": SyntheticSource}
 # TensorFlow Datasets' file formats: name → class of record source.
 _RECORD_SOURCES = {"tfrecord": TFRecordSource, "array_record": ArrayRecordSource}
 
-# A split whose images share one shape is decoded once and kept if it takes at most this.
+# A split whose images share one shape is decoded once and kept if it takes at most this and fits.
 _IN_MEMORY_BYTES = 2 * 2**30
 
 
@@ -135,10 +140,11 @@ def open_source(
     records = _open_records(info, selected, index_dir)
     return CachedSource(records) if cache else records
   num_bytes = selected.num_examples * int(np.prod(shape))
-  if num_bytes > _IN_MEMORY_BYTES:
-    if not cache:
-      return _open_records(info, selected, index_dir)
-    require_memory(3 * num_bytes)  # In batches, in one array and as a tensor.
+  needed = 3 * num_bytes  # In batches, in one array and as a tensor.
+  if cache:
+    require_memory(needed)
+  elif num_bytes > _IN_MEMORY_BYTES or not fits_in_memory(needed):
+    return _open_records(info, selected, index_dir)
   return _decode_all(_open_records(info, selected, index_dir))
 
 

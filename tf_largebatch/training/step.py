@@ -7,20 +7,19 @@ order in which floats are summed.
 """
 
 import functools
-import os
 from collections.abc import Callable
 
 import keras
 import tensorflow as tf
 
+from tf_largebatch.machine import usable_cores
 from tf_largebatch.optim.loss_scale import LossScale
 from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
 
 # Passes that a replica runs at once: two keep a CPU's cores busy where each op is small, and hold
 # the activations of two. On a single core they would only compete for the caches.
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-PASSES_AT_ONCE = min(2, _CORES)
+PASSES_AT_ONCE = min(2, usable_cores())
 
 
 def uses_xla(options: RunOptions) -> bool:
