@@ -1,6 +1,7 @@
 """Files that are either complete or absent, on any file system that tf.io.gfile supports."""
 
 import contextlib
+import errno
 import json
 import os
 
@@ -8,6 +9,8 @@ import tensorflow as tf
 
 # What reading and writing files raises.
 FAILURES = (OSError, tf.errors.OpError)
+# From file systems, such as some network and user-space ones, that do not offer fsync.
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextlib.contextmanager
@@ -23,9 +26,15 @@ def replacing(path: str, mode: str, partial: str | None = None):
       processes write the same file, each needs its own.
   """
   partial = partial or path + ".partial"
+  with completing(partial, path), tf.io.gfile.GFile(partial, mode) as file:
+    yield file
+
+
+@contextlib.contextmanager
+def completing(partial: str, path: str):
+  """Renames `partial`, which the context writes, to `path`, or removes it after an error."""
   try:
-    with tf.io.gfile.GFile(partial, mode) as file:
-      yield file
+    yield
     sync(partial)
     tf.io.gfile.rename(partial, path, overwrite=True)
   except BaseException:
@@ -39,7 +48,11 @@ def sync(path: str) -> None:
   if "://" in path:  # An object store has stored whatever it accepted.
     return
   with open(path, "rb") as file:
-    os.fsync(file.fileno())
+    try:
+      os.fsync(file.fileno())
+    except OSError as error:
+      if error.errno not in _CANNOT_SYNC:
+        raise
 
 
 def read_text(path: str) -> str:

@@ -15,10 +15,12 @@ _PATHS = ("work_dir", "data_dir", "index_dir")
 class RunOptions:
   """What may differ between two runs of one recipe without changing what they compute.
 
-  `allreduce_dtype=bfloat16` is the one exception. A leading ~ in a directory is expanded.
+  `allreduce_dtype=bfloat16` is the one exception. A leading ~ in a directory is expanded. If it
+  stands for no known home directory, it stays in data_dir and index_dir, which not every run needs.
 
   Raises:
-    UserError: a value has the wrong type or is out of range.
+    UserError: a value has the wrong type or is out of range, or work_dir is in an unknown home
+      directory.
   """
 
   work_dir: str = declare("", "Directory that receives everything the run leaves. Required.")
@@ -96,7 +98,31 @@ class RunOptions:
       path = getattr(self, name)
       if path or name != "work_dir":  # The run itself requires a work_dir.
         _check_path(name, path)
-      object.__setattr__(self, name, os.path.expanduser(path))
+      object.__setattr__(self, name, expand_home(path))
+    require_home("work_dir", self.work_dir)
+
+
+def expand_home(path: str) -> str:
+  """Expands a leading ~, unless it stands for no known home directory.
+
+  In a container, the user often has no entry in /etc/passwd, and HOME is not set.
+  """
+  ours = path == "~" or path.startswith("~/")
+  return path if ours and os.environ.get("HOME") == "" else os.path.expanduser(path)
+
+
+def require_home(name: str, path: str) -> None:
+  """Raises a UserError if `expand_home` did not expand a leading ~.
+
+  Args:
+    name: of the option.
+    path: that `expand_home` returned.
+  """
+  if path.startswith("~"):
+    raise UserError(
+      f"--{name}={path!r} is in a home directory that is not known; set HOME or name a directory "
+      "without ~."
+    )
 
 
 def _check_path(name: str, path: str):

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Iterable
 
 from tf_largebatch.errors import UserError, summary
+from tf_largebatch.options import expand_home
 
 
 def output_path(flag: str, value: str | None) -> pathlib.Path | None:
@@ -15,7 +16,7 @@ def output_path(flag: str, value: str | None) -> pathlib.Path | None:
   """
   if not value:
     return None
-  path = pathlib.Path(value).expanduser()
+  path = pathlib.Path(expand_home(value))
   if path.is_dir() or not os.access(path.parent, os.W_OK):
     raise UserError(
       f"{flag}={value} cannot be written; name a file in an existing, writable directory."

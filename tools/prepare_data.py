@@ -12,13 +12,13 @@ instance on the one machine of a cluster that reaches the internet, or in anothe
 """
 
 import logging as stdlib_logging
-import os
 
 import tensorflow_datasets as tfds
 from absl import flags, logging
 
 from tf_largebatch.data import preparation
 from tf_largebatch.errors import UserError
+from tf_largebatch.options import expand_home
 from tools import program
 from tools.datasets.mirrors import MIRRORS
 
@@ -42,7 +42,7 @@ def main(datasets: list[str]) -> None:
       record.levelno >= stdlib_logging.WARNING or "tensorflow_datasets" not in record.pathname
     )
   )
-  data_dir = os.path.expanduser(flags.FLAGS.data_dir)
+  data_dir = expand_home(flags.FLAGS.data_dir)
   if not datasets:
     raise UserError("No data set was named; name one or more, such as cifar10.")
   if "synthetic" in datasets:

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from tests.training import small_runs
+
 
 class Squares(tfds.core.GeneratorBasedBuilder):
   """Images of one shape, which are held decoded in memory."""
@@ -52,3 +54,9 @@ def decoded_set(tmp_path_factory):
 def encoded_set(tmp_path_factory):
   """(name, data_dir) of a data set that is read from the disk."""
   return _prepare(Rectangles, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_sha256(tmp_path_factory):
+  """The digest of the weights of `small_runs.RECIPE`'s run."""
+  return small_runs.train(tmp_path_factory.mktemp("undisturbed"))["weights_sha256"]

@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from absl import logging
 from tf_largebatch import locks
 from tf_largebatch.data import left_overs
 from tf_largebatch.errors import UserError, summary
+from tf_largebatch.options import expand_home, require_home
 from tf_largebatch.signals import cleaning_up
 
 _PROBE_SECONDS = 10
@@ -61,8 +63,10 @@ def prepare(
     UserError: TFDS has no such data set, it is prepared in another format, `data_dir` cannot be
       written, or no origin worked; the last message says which file to put where.
   """
+  data_dir = expand_home(data_dir)
+  require_home("data_dir", data_dir)
   if "://" not in data_dir:  # Absolute, because mirrors may run commands in other directories.
-    data_dir = os.path.abspath(os.path.expanduser(data_dir))
+    data_dir = os.path.abspath(data_dir)
   make_builder = functools.partial(_make_builder, dataset, data_dir, file_format)
   if _is_prepared(make_builder()):
     return
@@ -92,14 +96,15 @@ def _make_builder(
   known = tfds.list_builders(with_community_datasets=False)
   name = re.split("[/:]", dataset, maxsplit=1)[0]
   # TFDS also reads data sets that were prepared by code that is not imported here.
-  if name not in known and not (name and os.path.isdir(os.path.join(data_dir, name))):
+  if name not in known and not (name and _is_directory(data_dir, name)):
     close = difflib.get_close_matches(name.lower(), known)
     # A name that begins with the given one comes before those that only resemble it: imagenet2012
     # for imagenet.
     longer = [other for other in known if name and other.startswith(name.lower())][:1]
     close = " or ".join(dict.fromkeys([*longer, *close]))
     raise UserError(
-      f"TensorFlow Datasets has no dataset {dataset!r}{close and f' (did you mean {close}?)'}; "
+      f"TensorFlow Datasets has no dataset {dataset!r}{close and f' (did you mean {close}?)'}"
+      f"{'' if os.path.isdir(data_dir) else f', and {data_dir} does not exist'}; "
       "there is also synthetic, which needs no data."
     )
   try:
@@ -115,6 +120,23 @@ def _make_builder(
       f"{file_format} use another data_dir or move that directory away."
     )
   return builder
+
+
+def _is_directory(data_dir: str, name: str) -> bool:
+  """Whether `data_dir` has such a directory.
+
+  Raises:
+    UserError: this user may not look into `data_dir`.
+  """
+  try:
+    return stat.S_ISDIR(os.stat(os.path.join(data_dir, name)).st_mode)
+  except PermissionError as error:
+    raise UserError(
+      f"data_dir={data_dir} cannot be read ({error.strerror}); ask its owner for access, or name "
+      "another directory."
+    ) from error
+  except (OSError, ValueError):
+    return False
 
 
 def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:

@@ -3,8 +3,11 @@
 import importlib.metadata
 import os
 import platform
+import time
 
 from absl import logging
+
+from tf_largebatch.errors import UserError
 
 # Names in Linux's /proc/cpuinfo of the instructions for each dtype, on x86 and on ARM.
 _CPU_FEATURES = {
@@ -18,6 +21,21 @@ def versions() -> dict[str, str]:
   packages = ("tensorflow", "keras", "tensorflow-datasets", "numpy")
   found = {name: importlib.metadata.version(name) for name in packages}
   return {"python": platform.python_version(), **found}
+
+
+def require_clock() -> None:
+  """Checks that ZIP files, which `model.keras` is one of, can hold the current date.
+
+  Boards without a battery begin in 1970 until they reach a time server.
+
+  Raises:
+    UserError: they cannot.
+  """
+  if not 1980 <= time.localtime().tm_year <= 2107:
+    raise UserError(
+      f"This machine's clock says {time.strftime('%Y-%m-%d')}, a date that model.keras cannot "
+      "hold; set the clock, then run the same command."
+    )
 
 
 def emulates(dtype: str, cpuinfo: str = "/proc/cpuinfo") -> bool:

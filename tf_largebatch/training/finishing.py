@@ -2,9 +2,7 @@
 
 import hashlib
 import os
-import shutil
 import statistics
-import tempfile
 
 import keras
 from absl import logging
@@ -13,6 +11,7 @@ from tf_largebatch import files
 from tf_largebatch.errors import UserError, summary
 from tf_largebatch.models.networks import build_model
 from tf_largebatch.recipe import Recipe
+from tf_largebatch.training import environment
 from tf_largebatch.training.loop import Loop
 
 
@@ -28,7 +27,7 @@ def finish(loop: Loop, num_classes: int, is_chief: bool) -> dict:
     What `result.json` holds.
 
   Raises:
-    UserError: the work directory cannot be written.
+    UserError: the work directory cannot be written, or the clock is wrong.
   """
   errors = [record["error"] for record in loop.metrics.evaluations]
   images = loop.done * loop.recipe.global_batch_size
@@ -43,6 +42,7 @@ def finish(loop: Loop, num_classes: int, is_chief: bool) -> dict:
   }
   logging.info("weights_sha256 %s", result["weights_sha256"])
   if is_chief:
+    environment.require_clock()
     work_dir = loop.options.work_dir
     loop.checkpoints.wait()
     try:
@@ -52,7 +52,8 @@ def finish(loop: Loop, num_classes: int, is_chief: bool) -> dict:
     except files.FAILURES as error:
       raise UserError(
         f"All {loop.done} steps are done, but work_dir={work_dir} cannot be written "
-        f"({summary(error)}); make room there and run the same command again."
+        f"({summary(error)}); free space there or make it writable, then run the same "
+        "command again."
       ) from error
   return result
 
@@ -66,11 +67,16 @@ def weights_sha256(model: keras.Model) -> str:
 
 
 def export(model: keras.Model, recipe: Recipe, num_classes: int, path: str) -> None:
-  """Saves the trained network as plain Keras layers, built outside the strategy's scope."""
+  """Saves the trained network as plain Keras layers, built outside the strategy's scope.
+
+  Args:
+    model: trained.
+    recipe: resolved.
+    num_classes: width of the logits.
+    path: ends in .keras.
+  """
   plain = build_model(recipe, num_classes, "export")
   plain.set_weights(model.get_weights())
-  with tempfile.TemporaryDirectory() as directory:
-    local = os.path.join(directory, "model.keras")
-    plain.save(local)
-    with open(local, "rb") as saved, files.replacing(path, "wb") as file:
-      shutil.copyfileobj(saved, file)
+  partial = path.removesuffix(".keras") + ".partial.keras"  # Keras requires the ending.
+  with files.completing(partial, path):
+    plain.save(partial)

@@ -37,6 +37,7 @@ class Loop:
     stop: the request to stop.
     alone: whether the run has a single task.
     done: steps done.
+    before_saving: called before each checkpoint.
     seconds: time trained, in earlier sessions too; without evaluation.
     stop_requested: whether the last step that was read reported a request to stop.
   """
@@ -55,6 +56,7 @@ class Loop:
   stop: StopRequest
   alone: bool
   done: int = 0
+  before_saving: Callable[[], None] = lambda: None
   seconds: float = 0.0
   stop_requested: bool = False
 
@@ -69,9 +71,9 @@ class Loop:
     """
     for epoch in range(first, self.recipe.epochs + 1):
       complete = self.train_to(epoch * self.steps_per_epoch)
-      self.checkpoints.save(self.done, self.seconds)  # Written during the evaluation.
+      self._save()  # Written during the evaluation.
       if not (complete and self._evaluate_epoch()):
-        self.checkpoints.save(self.done, self.seconds)  # Again, if the first try failed.
+        self._save()  # Again, if the first try failed.
         self.checkpoints.wait()
         return False
     return True
@@ -98,11 +100,15 @@ class Loop:
         self._record(window, scalars)
         if save:
           self.metrics.flush()
-          self.checkpoints.save(self.done, self.seconds)
+          self._save()
           saved_at = time.monotonic()
         previous, window = None, _Window()
     self.metrics.flush()
     return self.done == last and not stops
+
+  def _save(self):
+    self.before_saving()
+    self.checkpoints.save(self.done, self.seconds)
 
   def _checkpoint_is_due(self, saved_at: float) -> bool:
     steps, minutes = self.options.checkpoint_every_steps, self.options.checkpoint_every_minutes

@@ -57,6 +57,7 @@ def train_and_evaluate(
   cluster, stop = cluster or Cluster(), stop or StopRequest()
   if not options.work_dir:
     raise UserError("No work_dir was given; name a directory for what the run leaves.")
+  environment.require_clock()
   if options.deterministic:
     tf.config.experimental.enable_op_determinism()
   loop = None
@@ -112,7 +113,7 @@ def _open(recipe: Recipe, options: RunOptions, cluster: Cluster, strategy, data:
       split,
       options.data_dir,
       recipe.image_size,
-      index_dir=options.index_dir,
+      index_dir=None if options.index_dir.startswith("~") else options.index_dir,
       cache=options.cache,
     )
     for split in (recipe.train_split, recipe.validation_split)
@@ -180,9 +181,11 @@ def _evaluated_epochs(run: _Run, restored: Manifest | None) -> int:
 @contextlib.contextmanager
 def _metrics(run: _Run, restored: Manifest | None, evaluated_epochs: int):
   """Opens the metrics and writes the recipe, once nothing else can be wrong with the directory."""
-  with tempfile.TemporaryDirectory() as elsewhere:  # Only the chief's metrics are kept.
+  kept = contextlib.nullcontext(run.options.work_dir)
+  # Only the chief's metrics are kept.
+  with kept if run.cluster.is_chief else tempfile.TemporaryDirectory() as directory:
     writer = MetricsWriter(
-      run.options.work_dir if run.cluster.is_chief else elsewhere,
+      directory,
       run.recipe.to_dict() | run.facts["derived"],
       restored.step if restored else 0,
       run.facts["derived"]["total_steps"],
@@ -212,6 +215,9 @@ def _make_loop(
   check_error = functools.partial(
     reporting.warn_of_guessing, run.source.num_classes, run.validation.num_examples
   )
+  restore_recipe = functools.partial(
+    work_directory.restore_recipe, run.recipe, run.options, run.facts
+  )
   return Loop(
     recipe=recipe,
     options=options,
@@ -230,6 +236,7 @@ def _make_loop(
       stop,
     ),
     check_error=check_error if cluster.is_chief else lambda error, epoch: None,
+    before_saving=restore_recipe if cluster.is_chief else lambda: None,
     networks=networks,
     checkpoints=checkpoints,
     metrics=metrics,

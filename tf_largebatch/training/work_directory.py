@@ -5,6 +5,7 @@ import dataclasses
 import os
 
 import tensorflow as tf
+from absl import logging
 
 from tf_largebatch import files, locks
 from tf_largebatch.command_line import to_flagfile
@@ -153,3 +154,16 @@ def write_recipe(recipe: Recipe, options: RunOptions, facts: dict) -> None:
     files.write_json(path, {"recipe": recipe.to_dict(), **facts})
     path = os.path.join(options.work_dir, "flags.txt")
     files.write_text(path, to_flagfile(recipe, options))
+
+
+def restore_recipe(recipe: Recipe, options: RunOptions, facts: dict) -> None:
+  """Writes `recipe.json` and `flags.txt` again if someone has removed the directory.
+
+  Without `recipe.json`, what the run saves would not count as a run. A failure is left to the next
+  save.
+  """
+  with contextlib.suppress(*files.FAILURES, UserError):
+    if not tf.io.gfile.exists(os.path.join(options.work_dir, "recipe.json")):
+      logging.warning("recipe.json in %s is missing; writing it again.", options.work_dir)
+      tf.io.gfile.makedirs(options.work_dir)
+      write_recipe(recipe, options, facts)
