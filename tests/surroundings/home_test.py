@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 import pwd
 
 import pytest
@@ -53,6 +54,9 @@ def test_a_run_needs_no_home(no_home, encoded_set):
     warmup_epochs=0,
     decay_epochs=(),
   )
+  before = {path: path.stat().st_mtime_ns for path in pathlib.Path(data_dir).rglob("*")}
   result = small_runs.train("run", recipe, data_dir=data_dir)
   assert result["status"] == "complete"
   assert os.listdir(no_home) == ["run"]
+  # Nothing is written to data_dir, which may be read-only and shared.
+  assert before == {path: path.stat().st_mtime_ns for path in pathlib.Path(data_dir).rglob("*")}

@@ -10,6 +10,7 @@ import pytest
 
 from tests.launching import ROOT, SMALL, run_module
 
+_LINK = "ein Lauf η [b]*?{c} %s #1,2=3 ~"
 # On any number of cores, which otherwise decides in which order floats are summed.
 _THREADS = {"TF_NUM_INTRAOP_THREADS": "1"}
 _RUN = (*SMALL, "--workers=2", "--epochs=1")
@@ -52,8 +53,8 @@ def test_a_run_in_unusual_surroundings_ends_with_the_same_bytes(usual_digest, tm
     path = tmp_path / name
     path.write_text("raise SystemExit('shadowed')") if "." in name else path.mkdir()
   (tmp_path / "real").mkdir()
-  (tmp_path / "ein Lauf η").symlink_to("real")
-  work_dir = "ein Lauf η/" + "x" * 200 + "/run"
+  (tmp_path / _LINK).symlink_to("real")
+  work_dir = _LINK + "/" + "x" * 200 + "/run"
   run = [sys.executable, "-m", "tf_largebatch.train", *_RUN, f"--work_dir={work_dir}"]
   allowed = subprocess.run([*_NOBODY, "true"], check=False, capture_output=True).returncode == 0
   command = [*(_NOBODY if allowed else ()), "sh", "-c", _LIMITED, "sh", *run]
@@ -74,5 +75,26 @@ def test_a_run_in_unusual_surroundings_ends_with_the_same_bytes(usual_digest, tm
   assert _digest(tmp_path / work_dir) == usual_digest
   left = list((tmp_path / work_dir).parent.rglob("*"))
   assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in left} == {0}
-  names = {"random.py", "types.py", "recipe.py", "data", "tools", "real", "ein Lauf η"}
+  names = {"random.py", "types.py", "recipe.py", "data", "tools", "real", _LINK}
   assert set(os.listdir(tmp_path)) - {"~"} == names
+
+
+_FIRST_PROCESS = """
+import os, signal, time
+from tf_largebatch.signals import StopRequest
+with StopRequest().watch_signals() as stop, stop.deferring_signals():
+  os.kill(os.getpid(), signal.SIGTERM)
+  deadline = time.monotonic() + 10
+  while stop.signal is None and time.monotonic() < deadline:
+    time.sleep(0.05)
+print(os.getpid(), stop.signal)
+"""
+
+
+def test_the_first_process_of_a_container_receives_signals():
+  """The kernel drops signals that process 1 neither handles nor blocks."""
+  container = ["unshare", "--user", "--map-root-user", "--pid", "--fork"]
+  if subprocess.run([*container, "true"], check=False, capture_output=True).returncode:
+    pytest.skip("this user may not make namespaces")
+  command = [*container, sys.executable, "-c", _FIRST_PROCESS]
+  assert subprocess.check_output(command, cwd=ROOT, text=True, timeout=60) == "1 15\n"
