@@ -132,6 +132,8 @@ def print_line(text: str, to_stdout: bool = False):
   """Prints a line; drops it if it cannot be written (a closed terminal or pipe, a full disk)."""
   stream = sys.stdout if to_stdout else sys.stderr
   try:
+    with contextlib.suppress(AttributeError):  # Not a text file, as in some notebooks.
+      stream.reconfigure(errors="backslashreplace")  # Its encoding may be ASCII.
     print(text, file=stream, flush=True)
   except BrokenPipeError:
     # Without this the interpreter fails to flush the stream at exit and changes the exit status.

@@ -11,6 +11,8 @@ import logging as stdlib_logging
 import os
 import shlex
 import sys
+import tempfile
+import warnings
 
 from absl import app, flags, logging
 
@@ -32,6 +34,26 @@ def set_environment(recipe: Recipe):
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 
+def make_up_for_surroundings():
+  """Adapts this process where TensorFlow would fail or leave something behind.
+
+  Raises:
+    UserError: no directory takes temporary files.
+  """
+  if any(action == "error" for action, *_ in warnings.filters):
+    warnings.simplefilter("default")  # `python -W error` would stop the libraries anywhere.
+  if os.path.expanduser("~") == "~":
+    # The user has no home directory: TensorFlow would make one named ~ here.
+    os.environ.setdefault("KERAS_HOME", os.devnull)
+  try:
+    tempfile.gettempdir()
+  except FileNotFoundError as error:
+    raise UserError(
+      f"TensorFlow needs a directory for temporary files ({error.strerror}); set TMPDIR to a "
+      "directory that can be written."
+    ) from error
+
+
 def main(argv: list[str]) -> int:
   """Trains, and returns the exit status: 0, or that of the error (see `errors`)."""
   with StopRequest().watch_signals() as stop:
@@ -49,6 +71,7 @@ def _train(argv: list[str], stop: StopRequest) -> int:
     raise UserError(f"Unexpected argument {argv[1]!r}; every option is a flag, --name=value.")
   recipe, options = command_line.recipe_from_flags(), command_line.options_from_flags()
   cluster = read_cluster()
+  make_up_for_surroundings()
   if not options.work_dir:
     raise UserError("No --work_dir was given; name a directory for what the run leaves.")
   if not (cluster.is_chief or flags.FLAGS["verbosity"].present):

@@ -12,6 +12,7 @@ import pytest
 from tests.surroundings.users import no_privileges
 from tests.training.small_runs import STEPS, interrupting, train
 from tf_largebatch import files
+from tf_largebatch import train as train_program
 from tf_largebatch.data import preparation
 from tf_largebatch.errors import UserError
 from tf_largebatch.training import finishing, work_directory
@@ -142,3 +143,12 @@ def test_file_systems_without_fsync_and_failing_disks(tmp_path, monkeypatch, num
   with pytest.raises(OSError) if fails else contextlib.nullcontext():
     files.write_text(path, "whole")
   assert os.listdir(tmp_path) == ([] if fails else ["file"])
+
+
+def test_no_directory_for_temporary_files_is_named_before_tensorflow_needs_one(monkeypatch):
+  def fail():
+    raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+  monkeypatch.setattr(tempfile, "gettempdir", fail)
+  with pytest.raises(UserError, match=r"found in \['/tmp'\]\); set TMPDIR to "):
+    train_program.make_up_for_surroundings()

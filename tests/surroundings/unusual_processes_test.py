@@ -1,5 +1,6 @@
 """Programs whose user, directory, environment and limits are unlike a developer's."""
 
+import io
 import json
 import os
 import stat
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from tests.launching import ROOT, SMALL, run_module
+from tf_largebatch.signals import print_line
 
 _LINK = "ein Lauf η [b]*?{c} %s #1,2=3 ~"
 # On any number of cores, which otherwise decides in which order floats are summed.
@@ -21,6 +23,7 @@ _ODD = {
   "PYTHONOPTIMIZE": "2",  # No assertions and no docstrings.
   "PYTHONDONTWRITEBYTECODE": "1",
   "PYTHONHASHSEED": "7",
+  "PYTHONWARNINGS": "error",
   "PYTHONSAFEPATH": "1",  # Modules in the current directory shadow no others.
   "TMPDIR": "/nonexistent",
   "XDG_CACHE_HOME": "/nonexistent",
@@ -76,7 +79,7 @@ def test_a_run_in_unusual_surroundings_ends_with_the_same_bytes(usual_digest, tm
   left = list((tmp_path / work_dir).parent.rglob("*"))
   assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in left} == {0}
   names = {"random.py", "types.py", "recipe.py", "data", "tools", "real", _LINK}
-  assert set(os.listdir(tmp_path)) - {"~"} == names
+  assert set(os.listdir(tmp_path)) == names
 
 
 _FIRST_PROCESS = """
@@ -98,3 +101,13 @@ def test_the_first_process_of_a_container_receives_signals():
     pytest.skip("this user may not make namespaces")
   command = [*container, sys.executable, "-c", _FIRST_PROCESS]
   assert subprocess.check_output(command, cwd=ROOT, text=True, timeout=60) == "1 15\n"
+
+
+@pytest.mark.parametrize("to_stdout", [False, True])
+def test_a_line_that_the_terminal_cannot_show_is_escaped(monkeypatch, to_stdout):
+  """Instead of being dropped: the result, whose path may have any letters, in ASCII."""
+  shown = io.BytesIO()
+  terminal = io.TextIOWrapper(shown, encoding="ascii")
+  monkeypatch.setattr(sys, "stdout" if to_stdout else "stderr", terminal)
+  print_line("Result: η/result.json", to_stdout)
+  assert shown.getvalue() == b"Result: \\u03b7/result.json\n"
