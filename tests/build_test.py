@@ -14,7 +14,7 @@ from tests.launching import ROOT
 # lower floors and from its own folder.
 _FLOORS = (
   {"errors"},
-  {"fields", "files", "machine", "signals"},
+  {"fields", "files", "foreign_settings", "machine", "signals", "standard_streams"},
   {"locks"},
   {"recipe", "options"},
   {"command_line"},
@@ -23,7 +23,7 @@ _FLOORS = (
   {"train"},
 )
 # Modules that are imported before TensorFlow.
-_LIGHT = {"tf_largebatch", "errors", "fields", "signals", "recipe", "options"}
+_LIGHT = {"tf_largebatch", "errors", "fields", "signals", "standard_streams", "recipe", "options"}
 # The modules of the package that may import absl's flags.
 _KNOW_FLAGS = {"tf_largebatch.command_line", "tf_largebatch.train"}
 # Modules that a program runs as a process although its source has no `-m` before their names.

@@ -54,7 +54,7 @@ def program(mode, source=PROGRAM):
     process.stderr.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_outside_training_ends_the_process_at_once(number):
   with program("outside") as process:
     process.send_signal(number)
@@ -72,16 +72,30 @@ def test_a_second_signal_ends_the_process_although_the_main_thread_hangs():
     assert process.wait(timeout=5) == 143
 
 
-def test_two_sigterms_in_quick_succession_are_one_request():
-  """Slurm sends them when it preempts a job."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_two_signals_in_quick_succession_are_one_request(number):
+  """Slurm sends two when it preempts a job; a lost terminal and its shell each send one."""
   with program("deferring") as process:
-    process.send_signal(signal.SIGTERM)
-    assert process.stderr.readline().startswith("SIGTERM: saving at the end of this step")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
+    assert process.stderr.readline().startswith(f"{number.name}: saving at the end of this step")
+    process.send_signal(number)
     with pytest.raises(subprocess.TimeoutExpired):
       process.wait(timeout=2.5)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=5) == 143
+    process.send_signal(number)
+    assert process.wait(timeout=5) == 128 + number
+
+
+def test_under_nohup_sighup_stays_ignored():
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # As nohup does.
+  try:
+    with program("polls") as process:
+      process.send_signal(signal.SIGHUP)
+      with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+      process.send_signal(signal.SIGTERM)
+      assert process.stdout.readline() == "saved after 15\n"
+  finally:
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_the_program_can_poll_for_the_first_signal():

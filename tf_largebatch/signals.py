@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first saves at the end of the current step, a second ends at once."""
+"""SIGTERM, SIGINT, SIGHUP: the first saves at the end of the step, a second ends at once."""
 
 import contextlib
 import math
@@ -9,14 +9,23 @@ import threading
 import time
 from collections.abc import Callable
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Slurm sends two SIGTERMs for one preemption, 0.1 s apart.
+# Slurm sends two SIGTERMs for one preemption, 0.1 s apart; a lost terminal and its shell send two
+# SIGHUPs.
+_SENT_TWICE = (signal.SIGTERM, signal.SIGHUP)
 _SAME_REQUEST_SECONDS = 2.0
 _POLL_SECONDS = 0.05
 _CLEAN_UP_SECONDS = 10.0
 
 _clean_ups: list[Callable[[], object]] = []
 _ending = threading.RLock()
+
+
+def stop_signals() -> tuple[int, ...]:
+  """Returns the signals that request a stop; SIGHUP (a lost terminal) only without `nohup`."""
+  signals = (signal.SIGTERM, signal.SIGINT)
+  # A blocked signal arrives even if it is ignored, as `nohup` wants it to be.
+  ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+  return signals if ignored else (*signals, signal.SIGHUP)
 
 
 def next_signal(signals: tuple[int, ...], seconds: float) -> int | None:
@@ -53,15 +62,15 @@ class StopRequest:
 
   @contextlib.contextmanager
   def watch_signals(self):
-    """Receives SIGTERM and SIGINT inside the context; call it in the main thread.
+    """Receives `stop_signals()` inside the context; call it in the main thread.
 
     Enter it before importing TensorFlow: threads that already exist do not inherit the signal mask
     and would receive the signals. Outside `deferring_signals` a signal ends the process at once,
     which loses nothing.
     """
-    ended = threading.Event()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    thread = threading.Thread(target=self._take_signals, args=(ended,), daemon=True)
+    ended, signals = threading.Event(), stop_signals()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    thread = threading.Thread(target=self._take_signals, args=(signals, ended), daemon=True)
     thread.start()
     try:
       yield self
@@ -81,10 +90,10 @@ class StopRequest:
       with self._lock:
         self._deferring = False
 
-  def _take_signals(self, ended: threading.Event):
+  def _take_signals(self, signals: tuple[int, ...], ended: threading.Event):
     requested = -math.inf
     while not ended.is_set():
-      number = next_signal(_SIGNALS, 0.2)
+      number = next_signal(signals, 0.2)
       if number is None:
         continue
       name = signal.Signals(number).name
@@ -93,7 +102,7 @@ class StopRequest:
           self.signal, requested = number, time.monotonic()
           print_line(f"{name}: saving at the end of this step; a second signal ends the run now.")
           continue
-        repeated = self._deferring and self.signal == number == signal.SIGTERM
+        repeated = self._deferring and self.signal == number in _SENT_TWICE
         if repeated and time.monotonic() - requested < _SAME_REQUEST_SECONDS:
           continue
       print_line(f"error: Ended at once by {name}.")

@@ -6,9 +6,11 @@ Every field of `Recipe` and of `RunOptions` is a flag of the same name. On sever
 command runs on each with its own `TF_CONFIG`.
 """
 
+import contextlib
 import json
 import logging as stdlib_logging
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -16,7 +18,7 @@ import warnings
 
 from absl import app, flags, logging
 
-from tf_largebatch import command_line
+from tf_largebatch import command_line, foreign_settings, standard_streams
 from tf_largebatch.distributed.cluster import read_cluster
 from tf_largebatch.errors import InterruptedRunError, UserError
 from tf_largebatch.recipe import Recipe
@@ -24,9 +26,26 @@ from tf_largebatch.signals import StopRequest, end_process, print_line
 
 command_line.define_flags()
 
+# What TensorFlow logs at each start and nobody needs: its INFO lines with the text after them, and
+# that there is no GPU.
+_NOISE = (
+  r"^I0000 00:00:|^WARNING: All log messages before absl::InitializeLog|"
+  r"^To enable the following instructions:"
+)
+_NO_GPU_NOISE = r"|^E0000 00:00:.* failed call to cuInit: "
+
 
 def set_environment(recipe: Recipe):
-  """Configures TensorFlow's CPU kernels, before it is imported (docs/benchmarks.md)."""
+  """Configures TensorFlow, before it is imported (docs/benchmarks.md).
+
+  Raises:
+    UserError: Keras could not be imported because of `keras.json`.
+  """
+  ignored = foreign_settings.ignore()
+  if ignored:
+    logging.warning("Ignored %s, which would change what is computed.", ", ".join(ignored))
+  if not flags.FLAGS["verbosity"].present:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # No INFO lines.
   # TensorFlow itself uses oneDNN only on CPUs with AVX-512, but it is faster with AVX2 too.
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
   if (recipe.workers or 1) >= 2 and (os.cpu_count() or 1) <= 2:
@@ -77,9 +96,7 @@ def _train(argv: list[str], stop: StopRequest) -> int:
   if not (cluster.is_chief or flags.FLAGS["verbosity"].present):
     logging.set_verbosity(logging.WARNING)  # The chief logs the same lines.
   set_environment(recipe)
-  # Imported late: TensorFlow takes seconds to import, and a user's mistake should not wait for it.
-  from tf_largebatch.training.trainer import train_and_evaluate
-
+  train_and_evaluate = _import_trainer()
   result = train_and_evaluate(recipe, options, cluster, stop)
   if cluster.is_chief:
     tensorboard = shlex.quote(os.path.join(options.work_dir, "tensorboard"))
@@ -92,6 +109,20 @@ def _train(argv: list[str], stop: StopRequest) -> int:
   return 0
 
 
+def _import_trainer():
+  """Imports late: TensorFlow takes seconds, and a user's mistake should not wait for it."""
+  has_gpu = os.path.exists("/dev/nvidiactl")
+  noise = _NOISE if has_gpu else _NOISE + _NO_GPU_NOISE
+  quiet = standard_streams.without_lines(noise)
+  with contextlib.nullcontext() if flags.FLAGS["verbosity"].present else quiet:
+    import tensorflow as tf
+
+    from tf_largebatch.training.trainer import train_and_evaluate
+
+    tf.config.list_physical_devices()  # The first call logs.
+  return train_and_evaluate
+
+
 def _parse_or_exit(argv: list[str]) -> list[str]:
   try:
     return command_line.parse_flags(argv)
@@ -101,13 +132,16 @@ def _parse_or_exit(argv: list[str]) -> list[str]:
 
 
 def _is_ours_or_a_warning(record: stdlib_logging.LogRecord) -> bool:
-  return record.levelno >= stdlib_logging.WARNING or "tensorflow_datasets" not in record.pathname
+  """Drops what TensorFlow and TensorFlow Datasets log of their inner workings."""
+  is_theirs = re.search(r"/tensorflow(_datasets)?/", record.pathname)
+  return record.levelno >= stdlib_logging.WARNING or not is_theirs
 
 
 def run():
   """Runs the installed command."""
+  standard_streams.open_closed_streams()
+  logging.get_absl_handler().python_handler.setStream(sys.stderr)  # It was None if closed.
   logging.set_verbosity(logging.INFO)
-  # TensorFlow Datasets logs every file that it opens.
   logging.get_absl_handler().addFilter(_is_ours_or_a_warning)
   app.run(main, flags_parser=_parse_or_exit)
 

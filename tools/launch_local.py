@@ -8,7 +8,7 @@ prefix `[task r]`. If a task fails, the launcher sends SIGTERM to the others (SI
 after --grace_seconds) and exits with the failed task's status, or 128 + signal if a
 signal ended it. With --max_restarts=R it then restarts all tasks, up to R times, after
 1, 2, 4, … 60 seconds; not after status 1 or 2, which a restart cannot fix. The launcher
-forwards SIGINT and SIGTERM to the tasks and then exits with 130 or 143.
+forwards SIGINT, SIGTERM and SIGHUP to the tasks and then exits with 130, 143 or 129.
 
 The tasks share the machine's cores equally through TF_NUM_INTRAOP_THREADS,
 TF_NUM_INTEROP_THREADS and OMP_NUM_THREADS, unless these are set. They do not share
@@ -33,10 +33,9 @@ from typing import IO
 from absl import flags
 
 from tf_largebatch.errors import UserError
-from tf_largebatch.signals import next_signal
+from tf_largebatch.signals import next_signal, stop_signals
 from tools import program
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NEED_THE_USER = (1, 2)  # Exit statuses of errors that a restart would repeat.
 _LONGEST_PAUSE_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1  # From <sys/prctl.h>.
@@ -91,10 +90,10 @@ def start_process(
 
   This program must not have other threads at that moment: they and preexec_fn may deadlock.
   """
-  parent, libc = os.getpid(), ctypes.CDLL(None)
+  parent, libc, stops = os.getpid(), ctypes.CDLL(None), stop_signals()
 
   def prepare():
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
     # Unlike clean-up code, this also works when SIGKILL ends the parent.
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # The parent ended before the call of prctl.
@@ -158,7 +157,7 @@ def _wait(tasks: list[subprocess.Popen]) -> tuple[int, bool]:
         return (result.si_status if exited else 128 + result.si_status), False
     if all(results):
       return 0, False
-    stop = next_signal(_STOP_SIGNALS, 0.05)
+    stop = next_signal(stop_signals(), 0.05)
     if stop:
       return 128 + stop, True
 
@@ -171,7 +170,7 @@ def _end(tasks: list[subprocess.Popen], number: int) -> None:
   _signal(tasks, number)
   deadline = time.monotonic() + flags.FLAGS.grace_seconds
   while time.monotonic() < deadline and not all(_ended(task) for task in tasks):
-    again = next_signal(_STOP_SIGNALS, 0.05)
+    again = next_signal(stop_signals(), 0.05)
     if again:
       _signal(tasks, again)
   for task in tasks:
@@ -226,7 +225,7 @@ def main(arguments: list[str]) -> int:
     raise UserError(f"--module={module}: no such module; write it as for `python -m`")
 
   # Blocked from here on and received by `next_signal`, so that no handler interrupts `_end`.
-  signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+  signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
   max_restarts = flags.FLAGS.max_restarts
   for restart in itertools.count():
     status, stopped = _run_once(num_tasks, module, arguments)
@@ -234,7 +233,7 @@ def main(arguments: list[str]) -> int:
       return status
     pause = min(2.0**restart, _LONGEST_PAUSE_SECONDS)
     print(f"Restart {restart + 1} of {max_restarts} in {pause:g} s.", file=sys.stderr, flush=True)
-    stop = next_signal(_STOP_SIGNALS, pause)
+    stop = next_signal(stop_signals(), pause)
     if stop:
       return 128 + stop
 

@@ -1,10 +1,12 @@
 """What the programs of `tools/` share: flags, one line for a user's mistake, an exit status."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 
 from absl import app, flags
 
+from tf_largebatch import foreign_settings, standard_streams
 from tf_largebatch.errors import InterruptedRunError, UserError
 from tf_largebatch.signals import end_process, print_line
 
@@ -24,6 +26,7 @@ def run(
     takes_arguments: if not, anything that is not a flag is refused.
     unknown_flag_hint: appended to the error message for an unknown flag.
   """
+  standard_streams.open_closed_streams()
   define_flags()
   app.run(
     lambda argv: _call_or_end(main, argv[1:], takes_arguments),
@@ -35,6 +38,12 @@ def call(
   main: Callable[..., int | None], arguments: list[str], takes_arguments: bool = False
 ) -> int:
   """The exit status of `main`, called as `run` does."""
+  uses_keras = "keras" in sys.modules
+  with foreign_settings.keras_defaults() if uses_keras else contextlib.nullcontext():
+    return _call(main, arguments, takes_arguments)
+
+
+def _call(main: Callable[..., int | None], arguments: list[str], takes_arguments: bool) -> int:
   try:
     if takes_arguments:
       return int(main(arguments) or 0)

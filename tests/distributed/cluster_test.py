@@ -65,6 +65,13 @@ _TWO = {"worker": ["a:1", "b:2"]}
     (_config({"worker": ["a b:1"]}), 'given "a b:1"'),
     (_config({"worker": ["a:1\n"]}), r'given "a:1\n"'),
     (_config({"worker": ["::1:1"]}), 'given "::1:1"'),
+    (_config({"worker": ["[::1::]:1"]}), 'given "[::1::]:1"'),
+    (_config({"worker": ["[1.2.3.4]:1"]}), 'given "[1.2.3.4]:1"'),
+    # Python's resolver raises UnicodeError for these.
+    (_config({"worker": ["a..b:1"]}), 'given "a..b:1"'),
+    (_config({"worker": [".:1"]}), 'given ".:1"'),
+    (_config({"worker": [f"{'a' * 64}.b:1"]}), f'given "{"a" * 64}.b:1"'),
+    (_config({"worker": [f"{'a.' * 127}b:1"]}), 'given "a.a.'),
     (_config({"worker": ["grpc://a:1"]}), 'given "grpc://a:1"'),
     (_config({"worker": [1]}), "given 1"),
     (_config({"worker": ["a:1", "b:2", "a:1"]}), 'given ["a:1"]'),
@@ -88,6 +95,8 @@ def test_rejects_an_invalid_tf_config_in_one_line(text, given):
     ({"TF_CONFIG": _config({"worker": ["a:1"]})}, ("a:1",), 0),
     ({"TF_CONFIG": _config({"chief": ["a:65535"]}, "chief")}, ("a:65535",), 0),
     ({"TF_CONFIG": _config({"worker": ["10.0.0.1:1", "[::1]:2"]})}, ("10.0.0.1:1", "[::1]:2"), 0),
+    ({"TF_CONFIG": _config({"worker": ["a.b.:1"]})}, ("a.b.:1",), 0),
+    ({"TF_CONFIG": _config({"worker": [f"{'a' * 63}.b:1"]})}, (f"{'a' * 63}.b:1",), 0),
     ({"TF_CONFIG": _config(_TWO, index=1)}, ("a:1", "b:2"), 1),
     # The chief comes first, whatever the order in the JSON.
     ({"TF_CONFIG": _config({**_TWO, "chief": ["c:3"]}, "chief")}, ("c:3", "a:1", "b:2"), 0),

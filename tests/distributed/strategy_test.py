@@ -2,98 +2,18 @@
 
 import json
 import os
-import re
-import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 import tensorflow as tf
 
-from tests.launching import ROOT
 from tf_largebatch.distributed import strategy as strategy_lib
 from tf_largebatch.distributed.cluster import Cluster
 from tf_largebatch.distributed.strategy import make_strategy
-from tf_largebatch.errors import InterruptedRunError, UserError
+from tf_largebatch.errors import UserError
 from tools.launch_local import free_addresses
-
-
-def test_rejects_a_port_in_use():
-  with socket.socket() as listener:
-    # As gRPC listens. The check must not succeed by sharing the port.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    listener.bind(("", 0))
-    listener.listen()
-    address = f"127.0.0.1:{listener.getsockname()[1]}"
-    with pytest.raises(UserError, match=re.escape(address)) as raised:
-      make_strategy(Cluster(("127.0.0.1:1", address), 1))
-  assert "\n" not in str(raised.value)
-
-
-def test_a_port_is_free_as_soon_as_the_previous_run_has_ended():
-  with socket.socket() as listener:
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", 0))
-    listener.listen()
-    address = listener.getsockname()
-    with socket.create_connection(address) as client:
-      listener.accept()[0].close()  # The side that closes first is left in TIME_WAIT.
-      client.recv(1)
-  with strategy_lib._listening(f"127.0.0.1:{address[1]}"):
-    pass
-
-
-def test_waits_for_all_tasks():
-  addresses = tuple(free_addresses(3))
-  done = []
-
-  def wait(index):
-    strategy_lib._wait_for_all(Cluster(addresses, index), 1.0)
-    done.append(index)
-    with strategy_lib._listening(addresses[index]):  # As TensorFlow's server does from here on.
-      ended.wait(30)
-
-  ended = threading.Event()
-  threads = [threading.Thread(target=wait, args=(index,)) for index in range(3)]
-  try:
-    for thread in threads[:2]:
-      thread.start()
-    time.sleep(0.5)
-    assert done == []
-    threads[2].start()
-    deadline = time.monotonic() + 20
-    while len(done) < 3 and time.monotonic() < deadline:
-      time.sleep(0.01)
-    assert sorted(done) == [0, 1, 2]
-  finally:
-    ended.set()
-    for thread in threads:
-      thread.join()
-
-
-def test_names_the_tasks_that_did_not_come_up():
-  addresses = tuple(free_addresses(3))
-  with strategy_lib._listening(addresses[1]), pytest.raises(InterruptedRunError) as error:
-    strategy_lib._wait_for_all(Cluster(addresses, 0), 0.001)
-  assert str(error.value).startswith(f"task 2 ({addresses[2]}) did not come up within 0.001 min")
-  assert error.value.status == 138
-
-
-def test_the_alarm_ends_a_process_that_holds_the_interpreters_lock():
-  program = """
-from tf_largebatch.distributed.strategy import _ended_by_alarm
-with _ended_by_alarm(60):
-  pass
-with _ended_by_alarm(0.5):
-  sum(range(10**12))
-"""
-  command = [sys.executable, "-c", program]
-  finished = subprocess.run(command, cwd=ROOT, timeout=60, check=False)
-  assert finished.returncode == -signal.SIGALRM
 
 
 def _fake_devices(monkeypatch, physical, logical):
@@ -226,11 +146,15 @@ def test_one_task(logical_cpus, strategy, communication, values):
   }
 
 
-def test_two_tasks_all_reduce_over_ring_and_exit_cleanly():
-  with socket.socket() as first, socket.socket() as second:
-    first.bind(("", 0))
-    second.bind(("", 0))
-    addresses = [f"127.0.0.1:{listener.getsockname()[1]}" for listener in (first, second)]
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_two_tasks_all_reduce_over_ring_and_exit_cleanly(monkeypatch, host):
+  if host == "[::1]":
+    if not socket.has_dualstack_ipv6():
+      pytest.skip("This machine has no IPv6.")
+    # gRPC would connect the tasks through it.
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "example.com")
+  addresses = [address.replace("127.0.0.1", host) for address in free_addresses(2)]
   jobs = {"chief": addresses[:1], "worker": addresses[1:]}
   # In a cluster of several tasks TensorFlow uses only one of the two logical CPUs.
   results = _run_tasks(jobs, logical_cpus=2)

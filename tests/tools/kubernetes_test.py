@@ -150,8 +150,6 @@ def test_the_operator_restarts_only_where_that_helps(job, pod, container):
   assert "restartPolicy" not in pod  # The operator would overwrite it.
   # At most 30 s to save, and the rest of a step.
   assert pod["terminationGracePeriodSeconds"] >= 60
-  # SIGALRM does not end process 1 (strategy._ended_by_alarm).
-  assert pod["shareProcessNamespace"] is True
   # Without a shell, which would not forward SIGTERM.
   assert container["command"] == ["python", "-m", "tf_largebatch.train"]
 

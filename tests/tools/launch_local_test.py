@@ -156,7 +156,9 @@ time.sleep(60)
   _wait_until_gone(pids, seconds=1)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+  "number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_to_the_launcher_ends_the_tasks(tmp_path, number, status):
   # The launcher blocks the signals; the tasks must not inherit that.
   program = """

@@ -7,6 +7,7 @@ refused here with a one-line error.
 
 import collections
 import dataclasses
+import ipaddress
 import json
 import os
 import re
@@ -15,8 +16,12 @@ from typing import Any
 
 from tf_largebatch.errors import UserError
 
-# A host name or IPv4 address, or an IPv6 address in brackets; a port.
-_ADDRESS = re.compile(r"(?:[0-9A-Za-z._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
+# A host name or IPv4 address of labels, or an IPv6 address in brackets; a port.
+_LABEL = r"[0-9A-Za-z_-]{1,63}"
+_ADDRESS = re.compile(
+  rf"(?:(?P<name>{_LABEL}(?:\.{_LABEL})*\.?)|\[(?P<ipv6>[0-9A-Fa-f:.]+)\]):(?P<port>[0-9]{{1,5}})"
+)
+_LONGEST_NAME = 253  # Of DNS.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +68,9 @@ def read_cluster(environ: Mapping[str, str] = os.environ) -> Cluster:
 
   tasks = (*jobs.get("chief", []), *jobs.get("worker", []))
   for address in tasks:
-    match = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
-    if not match or not 1 <= int(match[1]) <= 65535:
-      raise _error("invalid task address", address, '"host:port" with a port in 1..65535')
+    if not _is_address(address):
+      expected = '"host:port" or "[IPv6]:port" with a valid host name and a port in 1..65535'
+      raise _error("invalid task address", address, expected)
   repeated = [address for address, count in collections.Counter(tasks).items() if count > 1]
   if repeated:
     raise _error("several tasks share an address", repeated, "a different address for each task")
@@ -77,6 +82,19 @@ def read_cluster(environ: Mapping[str, str] = os.environ) -> Cluster:
   if type(index) is not int or not 0 <= index < len(jobs[job]):
     raise _error(f'invalid task index for "{job}"', index, f"an integer in 0..{len(jobs[job]) - 1}")
   return Cluster(tasks, index + (len(jobs.get("chief", [])) if job == "worker" else 0))
+
+
+def _is_address(address: Any) -> bool:
+  match = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
+  if not match or not 1 <= int(match["port"]) <= 65535:
+    return False
+  if match["ipv6"] is None:
+    return len(match["name"]) <= _LONGEST_NAME
+  try:
+    ipaddress.IPv6Address(match["ipv6"])
+  except ValueError:
+    return False
+  return True
 
 
 def _parse(text: str) -> dict[str, Any]:

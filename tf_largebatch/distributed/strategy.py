@@ -1,16 +1,14 @@
 """The `tf.distribute` strategy for a cluster and the devices that this task can see."""
 
-import contextlib
 import signal
-import socket
-import time
 from typing import Any
 
 import tensorflow as tf
 from absl import logging
 
+from tf_largebatch.distributed import rendezvous
 from tf_largebatch.distributed.cluster import Cluster
-from tf_largebatch.errors import LOST_TASK, InterruptedRunError, UserError
+from tf_largebatch.errors import UserError
 
 
 def make_strategy(
@@ -33,8 +31,8 @@ def make_strategy(
     timeout_minutes: how long to wait for the other tasks.
 
   Raises:
-    UserError: `communication` is unknown or does not work with these devices, or this task's port
-      is in use.
+    UserError: `communication` is unknown or does not work with these devices, this task's port is
+      in use, or something else answers on a task's address.
     InterruptedRunError: not all tasks came up in time.
   """
   communication = _choose_communication(cluster, communication)
@@ -62,7 +60,8 @@ def _make_multi_task_strategy(
     address,
     ", ".join(task for task in cluster.tasks if task != address),
   )
-  _wait_for_all(cluster, timeout_minutes)
+  rendezvous.bypass_proxies(cluster)
+  rendezvous.wait_for_all(cluster, timeout_minutes)
   # From `cluster` rather than TF_CONFIG: it is validated, and its chief is simply the first worker.
   resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
     tf.train.ClusterSpec({"worker": list(cluster.tasks)}),
@@ -76,7 +75,7 @@ def _make_multi_task_strategy(
   # TensorFlow's coordination service replaces the handler of SIGTERM by one that only logs. Restore
   # the previous handler, so that `kill`, Slurm or a launcher can end the task.
   on_sigterm = signal.getsignal(signal.SIGTERM)
-  with _ended_by_alarm(60 * timeout_minutes):
+  with rendezvous.ended_after(timeout_minutes):
     strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
   signal.signal(signal.SIGTERM, on_sigterm)
   return strategy
@@ -135,76 +134,3 @@ def _choose_communication(cluster: Cluster, communication: str) -> str:
   if communication == "auto":
     return "nccl" if can_nccl else "ring"
   return communication
-
-
-def _wait_for_all(cluster: Cluster, timeout_minutes: float) -> None:
-  """Waits until every task listens on its address, in this function or already in TensorFlow.
-
-  TensorFlow would wait too, but for an hour, while it holds the interpreter's lock, so that neither
-  signals nor time limits reach the process.
-
-  Raises:
-    UserError: this task's port is in use on this machine.
-    InterruptedRunError: some tasks did not come up in time.
-  """
-  address = cluster.tasks[cluster.task_index]
-  missing = set(cluster.tasks) - {address}
-  deadline = time.monotonic() + 60 * timeout_minutes
-  with _listening(address):
-    while missing:
-      for task in sorted(missing):
-        host, _, port = task.rpartition(":")
-        with (
-          contextlib.suppress(OSError),
-          socket.create_connection((host.strip("[]"), int(port)), timeout=2),
-        ):
-          missing.remove(task)
-      if missing and time.monotonic() > deadline:
-        names = ", ".join(f"task {cluster.tasks.index(t)} ({t})" for t in sorted(missing))
-        raise InterruptedRunError(
-          f"{names} did not come up within {timeout_minutes:g} minutes; start all tasks again, or"
-          " give them more time (--cluster_timeout_minutes).",
-          LOST_TASK,
-        )
-      if missing:
-        time.sleep(0.2)
-
-
-@contextlib.contextmanager
-def _listening(address: str):
-  """Listens on this task's port on all interfaces, as TensorFlow will.
-
-  If the port were in use, TensorFlow would exit without saying so. SO_REUSEADDR lets a restarted
-  run bind the port at once, while old connections are still in TIME_WAIT. SO_REUSEPORT would
-  silently share a port that is in use.
-
-  Raises:
-    UserError: the port is in use on this machine.
-  """
-  port = int(address.rpartition(":")[2])
-  with socket.socket() as listener:
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-      listener.bind(("", port))
-      listener.listen(1024)
-    except OSError as error:
-      raise UserError(
-        f"cannot listen on this task's address {address} ({error.strerror}): end the process that"
-        " uses the port or give the task another one in TF_CONFIG"
-      ) from error
-    yield
-
-
-@contextlib.contextmanager
-def _ended_by_alarm(seconds: float):
-  """Lets the kernel end the process (SIGALRM) after so many seconds.
-
-  If a task is lost while TensorFlow connects, nothing else could: it holds the interpreter's lock.
-  """
-  before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
-  signal.setitimer(signal.ITIMER_REAL, seconds)
-  try:
-    yield
-  finally:
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)

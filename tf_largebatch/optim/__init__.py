@@ -1,0 +1,3 @@
+from tf_largebatch.foreign_settings import require_tensorflow_backend
+
+require_tensorflow_backend()

@@ -16,6 +16,7 @@ from tf_largebatch.distributed.collectives import make_task_gather, meet
 from tf_largebatch.distributed.lost_tasks import report_lost_tasks
 from tf_largebatch.distributed.strategy import describe, make_strategy
 from tf_largebatch.errors import UserError
+from tf_largebatch.foreign_settings import keras_defaults
 from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.signals import StopRequest
@@ -31,6 +32,7 @@ from tf_largebatch.training.resolution import resolve_run
 from tf_largebatch.training.workers_per_pass import check_workers_per_pass, with_workers_per_pass
 
 
+@keras_defaults()
 def train_and_evaluate(
   recipe: Recipe,
   options: RunOptions,

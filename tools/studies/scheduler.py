@@ -17,11 +17,10 @@ import tqdm
 
 from tf_largebatch import train
 from tf_largebatch.errors import UserError
-from tf_largebatch.signals import next_signal
+from tf_largebatch.signals import next_signal, stop_signals
 from tools.studies import output, run_files
 from tools.studies.plan import PlannedRun
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL_SECONDS = 1.0
 _PROGRESS_SECONDS = 600.0  # Between two lines of progress if stderr is not a terminal.
 _GRACE_SECONDS = 120.0  # For a run to end its step and save.
@@ -57,7 +56,7 @@ def _start_trainer(
   libc, parent = ctypes.CDLL(None), os.getpid()
 
   def prepare():
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
     os.sched_setaffinity(0, cores)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # It ended before the call to prctl.
@@ -124,13 +123,13 @@ class Scheduler:
       raise UserError(f"--jobs={jobs} is more than the {len(cores)} cores here.")
     self._print(f"{self._ended} of {self._planned} runs are complete.")
     # `next_signal` receives them, so that no signal interrupts `_end` or `_stop`.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     try:
       while self._waiting or self._active:
         free = sorted(set(range(jobs)) - {each.share for each in self._active})
         for share in free[: len(self._waiting)]:
           self._begin(self._waiting.pop(0), share, cores[share::jobs])
-        stop = next_signal(_STOP_SIGNALS, _POLL_SECONDS)
+        stop = next_signal(stop_signals(), _POLL_SECONDS)
         if stop:
           return stop
         self._show_progress()
