@@ -1,12 +1,16 @@
 """Bad examples and unusual images, from the records to the batches."""
 
 import dataclasses
+import errno
 import io
 import os
 import struct
+import types
+import unittest.mock as mock
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from tests.data.faulty_records import (
@@ -22,7 +26,7 @@ from tests.data.faulty_records import (
   read_train_batches,
 )
 from tf_largebatch.data import input_pipeline, memory_sources, sources
-from tf_largebatch.errors import UserError
+from tf_largebatch.errors import InterruptedRunError, UserError
 
 
 @pytest.fixture
@@ -78,6 +82,64 @@ def test_skip_uses_the_next_example_and_reports(faulty, augmentation, cache):
   expected[ids == 7] = 9
   np.testing.assert_array_equal(labels, expected)
   np.testing.assert_allclose(levels, 10 * expected, atol=2)
+
+
+def fail_once(monkeypatch, source, method, arguments, error):
+  """Makes the first call of a method that begins with some arguments raise an error."""
+  original, failed = getattr(source, method), []
+
+  def replacement(*given):
+    if given[: len(arguments)] == arguments and not failed:
+      failed.append(given)
+      raise error
+    return original(*given)
+
+  monkeypatch.setattr(source, method, replacement)
+  return failed
+
+
+@pytest.mark.parametrize("index", [6, 9])  # 9 is also read in place of 7 and 8, which are bad.
+@pytest.mark.parametrize(
+  "code, status, names", [(errno.EMFILE, 1, "ulimit -n"), (errno.ENFILE, 138, "in system")]
+)
+def test_too_many_open_files_are_not_a_bad_example(faulty, monkeypatch, index, code, status, names):
+  source, shard = faulty.open(), index // SHARD_EXAMPLES
+  error = OSError(code, os.strerror(code), faulty.paths[shard])
+  failed = fail_once(monkeypatch, source, "_read_range", (shard, faulty.offsets[index]), error)
+  reported = []
+  with pytest.raises(tf.errors.OpError) as raised:
+    read_train_batches(RECIPE, source, reported.append)
+  assert failed and not set(reported) - set(FAULTS)
+  found = sources.read_error(source, "train", raised.value)
+  assert found.status == status and faulty.paths[shard] in str(found) and names in str(found)
+
+
+@pytest.mark.parametrize("error", [ValueError("its CRC is wrong"), MemoryError()])
+def test_an_example_that_can_be_read_at_the_second_attempt_is_not_bad(tmp_path, monkeypatch, error):
+  source, reported = Shards(str(tmp_path)).open(), []
+  failed = fail_once(monkeypatch, source, "record", (6,), error)
+  with pytest.raises(tf.errors.OpError) as raised:
+    read_train_batches(RECIPE, source, reported.append)
+  assert failed and not reported
+  assert sources.read_error(source, "train", raised.value).status in (1, 138)
+
+
+def test_too_little_memory_is_not_a_bad_example(tmp_path, monkeypatch):
+  source = Shards(str(tmp_path)).open()
+  error = tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+  monkeypatch.setattr(sources.tf.io, "decode_image", mock.Mock(side_effect=error))
+  with pytest.raises(InterruptedRunError, match=r"example 6 .*memory is exhausted") as raised:
+    sources.fault(source, 6)
+  assert raised.value.status == 1
+
+
+def test_a_cache_holds_no_example_that_could_not_be_reached(tmp_path):
+  shards = Shards(str(tmp_path))
+  source = shards.open()
+  os.rename(shards.paths[1], f"{shards.paths[1]}.away")
+  with pytest.raises(InterruptedRunError, match=f"{shards.paths[1]} cannot be reached") as error:
+    sources.CachedSource(source)
+  assert error.value.status == 138
 
 
 def test_evaluation_counts_every_readable_example_once(faulty):

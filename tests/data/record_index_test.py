@@ -1,15 +1,15 @@
-"""The index of record offsets is correct, kept, and rebuilt when the shards change."""
+"""The index of records is correct, kept, and rebuilt when it does not fit the shards."""
 
 import itertools
 import os
+import resource
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from tf_largebatch.data import record_index
-from tf_largebatch.data.record_index import record_offsets
-from tf_largebatch.errors import UserError
+from tf_largebatch.errors import InterruptedRunError, UserError
 
 
 def write(path, lengths):
@@ -18,6 +18,10 @@ def write(path, lengths):
     for length in lengths:
       writer.write(b"x" * length)
   return np.concatenate([[0], np.cumsum([length + 16 for length in lengths])]).astype(int)
+
+
+def record_offsets(filenames, counts, index_dir):
+  return record_index.open_index(filenames, counts, index_dir).offsets
 
 
 @pytest.fixture
@@ -123,6 +127,87 @@ def test_remote_paths():
   assert_offsets(found, [expected])
   assert len(tf.io.gfile.glob("ram://index/*.npz")) == 1
   assert_offsets(record_offsets(["ram://shard"], [3], "ram://index"), [expected])
+
+
+def write_texts(path, texts):
+  with tf.io.TFRecordWriter(str(path)) as writer:
+    for text in texts:
+      writer.write(text)
+
+
+_TEXTS = [b"a" * 70, b"b" * 20, b"c" * 50, b"d" * 20, b"e" * 9]
+
+
+@pytest.mark.parametrize("same_times", [False, True])
+@pytest.mark.parametrize("texts", [_TEXTS[::-1], [b"a" * 70, b"B" * 20, *_TEXTS[2:]]])
+def test_data_prepared_again_with_equal_sizes_are_indexed_again(
+  tmp_path, caplog, texts, same_times
+):
+  """Archives and container images may give other files the same times."""
+  path, index_dir = tmp_path / "shard", str(tmp_path / "index")
+  write_texts(path, _TEXTS)
+  before = record_index.open_index([str(path)], [5], index_dir)
+  times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+  write_texts(path, texts)
+  os.utime(path, ns=times if same_times else (times[0], times[1] + 1))
+  with caplog.at_level("INFO", logger="absl"):
+    after = record_index.open_index([str(path)], [5], index_dir)
+  assert_offsets(after.offsets, [np.cumsum([0, *(len(text) + 16 for text in texts)])])
+  assert before.fingerprint([(0, 5)]) != after.fingerprint([(0, 5)])
+  reason = "records are not where it says" if same_times else "the shards have changed"
+  assert f"Rebuilding the index {after.path}: {reason}." in caplog.text
+  assert len(os.listdir(index_dir)) == 1
+
+
+def test_an_index_of_an_older_version_is_rebuilt(shards, tmp_path, caplog):
+  filenames, expected = shards
+  index = record_index.open_index(filenames, [4, 0, 2], str(tmp_path / "index"))
+  sizes = [os.path.getsize(name) for name in filenames]
+  offsets = np.concatenate(index.offsets)
+  with open(index.path, "wb") as file:
+    np.savez(file, filenames=filenames, sizes=sizes, counts=[5, 1, 3], offsets=offsets)
+  with caplog.at_level("INFO", logger="absl"):
+    assert_offsets(record_offsets(filenames, [4, 0, 2], str(tmp_path / "index")), expected)
+  assert "an older version built it" in caplog.text
+
+
+def test_an_index_of_other_numbers_of_records_is_rebuilt(shards, tmp_path, caplog):
+  filenames, _ = shards
+  record_offsets(filenames, [4, 0, 2], str(tmp_path))
+  with caplog.at_level("INFO", logger="absl"), pytest.raises(UserError, match="with 3 there"):
+    record_offsets(filenames, [4, 0, 3], str(tmp_path))
+  assert "it has other numbers of records" in caplog.text
+
+
+def test_a_fingerprint_is_of_the_records_and_their_order(tmp_path):
+  """It does not depend on the shards that hold them, nor on the records outside of the ranges."""
+
+  def fingerprint(parts, ranges):
+    names = [str(tmp_path / str(number)) for number in range(len(parts))]
+    for name, part in zip(names, parts, strict=True):
+      write_texts(name, part)
+    return record_index.open_index(names, [len(part) for part in parts], None).fingerprint(ranges)
+
+  expected = fingerprint([_TEXTS], [(0, 5)])
+  assert expected.startswith("tfrecord:")
+  assert fingerprint([_TEXTS[:2], [], _TEXTS[2:]], [(0, 2), (0, 0), (0, 3)]) == expected
+  assert fingerprint([[b"x", *_TEXTS[:3]], [*_TEXTS[3:], b"y"]], [(1, 4), (0, 2)]) == expected
+  others = [_TEXTS[::-1], [*_TEXTS[:4], b"E" * 9], [_TEXTS[0], *_TEXTS[:4]]]
+  assert len({expected, *(fingerprint([texts], [(0, 5)]) for texts in others)}) == 4
+  assert fingerprint([_TEXTS], [(0, 4)]) != expected
+
+
+def test_too_few_open_files_are_not_taken_for_a_missing_shard(shards):
+  filenames, _ = shards
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  lowest = len(os.listdir("/proc/self/fd")) - 1  # Without the one that lists the others.
+  resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+  try:
+    with pytest.raises(InterruptedRunError, match=f"limit of {lowest} open files") as error:
+      record_offsets(filenames, [4, 0, 2], None)
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+  assert error.value.status == 1 and "ulimit -n" in str(error.value)
 
 
 def message(filenames, counts):

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from tests.data.faulty_records import faulty_shards
 from tf_largebatch import files
 from tf_largebatch.data import sources
-from tf_largebatch.data.record_index import record_offsets
+from tf_largebatch.data.record_index import open_index
 from tf_largebatch.errors import UserError
 from tf_largebatch.models.networks import build_model
 from tf_largebatch.options import RunOptions
@@ -104,7 +104,7 @@ def damaged(tmp_path):
   bad = {}
   for split, example in (("train", 7), ("test", 3)):
     (path,) = builder.data_path.glob(f"*-{split}.tfrecord*")
-    ((*offsets, _),) = record_offsets([str(path)], [20 if split == "train" else 11], None)
+    ((*offsets, _),) = open_index([str(path)], [20 if split == "train" else 11], None).offsets
     with open(path, "r+b") as file:
       file.seek(offsets[example] + 60)
       file.write(b"\0" * 8)

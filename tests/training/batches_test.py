@@ -49,9 +49,11 @@ def test_a_shard_deleted_during_the_run_ends_it_even_with_skip(tmp_path, on_bad_
   shards = Shards(str(tmp_path))
   source = shards.open()
   os.remove(shards.paths[1])
-  with pytest.raises(UserError, match=f"{shards.paths[1]}.*No such file"):
+  with pytest.raises(InterruptedRunError, match=f"{shards.paths[1]} .*No such file") as error:
     batches = iterator(source, on_bad_example)
     batches_lib.next_batch(batches, RECIPE, "train", source, range(EXAMPLES), bool(on_bad_example))
+  # If it stays away, the next start says that it is missing and exits with 1.
+  assert error.value.status == 138
 
 
 def test_a_shard_that_changes_after_it_was_indexed(tmp_path):

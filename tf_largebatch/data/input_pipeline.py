@@ -15,12 +15,12 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from tf_largebatch.data import augmentation, shuffle
+from tf_largebatch.data import augmentation, shuffle, sources
 from tf_largebatch.machine import usable_cores
 from tf_largebatch.recipe import Recipe
 
-# How many successive examples are tried in place of one that cannot be read.
-_REPLACEMENTS = 8
+# How many successive examples are tried, from the one that cannot be read.
+REPLACEMENTS = 8
 # Decodes to the same pixels as Pillow. libjpeg's fast DCT, TensorFlow's default, is off by one grey
 # level and saves nothing, because Huffman decoding takes most of the time.
 JPEG_DECODING = {"dct_method": "INTEGER_ACCURATE", "fancy_upscaling": True}
@@ -67,7 +67,8 @@ def train_dataset(
     first_step: step of the run that the data set begins with.
     on_bad_example: if None, an example that cannot be read ends the data set with an error.
       Otherwise the next readable example of the split replaces it, and this function is called with
-      the id of the bad one each time; `sources.fault` says what is wrong with it.
+      the id of the bad one each time; `sources.fault` says what is wrong with it. Data that cannot
+      be reached, and an example that can be read at the second attempt, end the data set anyway.
 
   Returns:
     Elements (images uint8 `[workers_per_replica, n, H, W, C]`, labels int32
@@ -214,13 +215,15 @@ def _image_loader(recipe: Recipe, source, transform, on_bad_example):
   # Decoded images that are held in memory cannot be unreadable.
   if on_bad_example is None or source.image_shape is not None:
     return load
-  return functools.partial(_load_or_replace, source, load_image, on_bad_example)
+  return functools.partial(_load_or_replace, recipe, source, load_image, on_bad_example)
 
 
-def _load_or_replace(source, load_image, on_bad_example, index, draws, stored):
+def _load_or_replace(recipe: Recipe, source, load_image, on_bad_example, index, draws, stored):
   """Loads an image or, if it cannot be read, the next readable one with the same draws."""
 
-  def attempt(number):
+  def fetch(number):
+    """Returns the stored form of the number-th example after this one."""
+
     def previous():
       return (tf.minimum(index, source.num_examples - 1) + number - 1) % source.num_examples
 
@@ -228,15 +231,26 @@ def _load_or_replace(source, load_image, on_bad_example, index, draws, stored):
       with tf.control_dependencies([tf.numpy_function(report, [previous()], tf.bool)]):
         return source.read(((previous() + 1) % source.num_examples)[tf.newaxis])[0]
 
-    image, label = load_image(tf.cond(number > 0, replacement, lambda: stored), draws)
+    return number, tf.cond(number > 0, replacement, lambda: stored)
+
+  def load(number, stored):
+    image, label = load_image(stored, draws)
     return index, image, _require_class(label, source), number == 0
 
+  def load_if_good(number, stored):
+    # A graph has no `try`, but a data set can skip the elements that fail.
+    return tf.data.Dataset.from_tensors((number, stored)).map(load).ignore_errors()
+
+  @tf.autograph.experimental.do_not_convert
   def report(bad):
+    if sources.fault(source, int(bad), len(recipe.channel_mean)) is None:
+      raise RuntimeError(f"example {bad} could not be read")
     on_bad_example(int(bad))
     return True
 
-  # A graph has no `try`, but a data set can skip the elements that fail.
-  attempts = tf.data.Dataset.range(_REPLACEMENTS).map(attempt).ignore_errors()
+  # An error in `fetch` or `report` is not skipped: an example that cannot be reached, or that can
+  # be read at the second attempt, is not bad.
+  attempts = tf.data.Dataset.range(REPLACEMENTS).map(fetch).flat_map(load_if_good)
   return attempts.take(1).get_single_element()
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_largebatch.data.record_sources import RecordSource
+from tf_largebatch.data.record_sources import RecordSource, read_error
 from tf_largebatch.errors import UserError
 from tf_largebatch.machine import free_memory
 
@@ -12,7 +12,14 @@ from tf_largebatch.machine import free_memory
 class ArraySource:
   """Decoded images: uint8 `[N, H, W, C]`, with labels `[N]`."""
 
-  def __init__(self, images: np.ndarray, labels: np.ndarray, num_classes: int):
+  def __init__(
+    self,
+    images: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    fingerprint: str | None = None,
+  ):
+    self.fingerprint = fingerprint
     self.num_examples = len(images)
     self.num_classes = num_classes
     self.image_shape = tuple(images.shape[1:])
@@ -33,7 +40,9 @@ class CachedSource:
     """
     Raises:
       UserError: the images do not fit in memory.
+      InterruptedRunError: they cannot be reached.
     """
+    self.fingerprint = source.fingerprint
     self.num_examples, self.num_classes = source.num_examples, source.num_classes
     self.record, self.parse, self.describe = source.record, source.parse, source.describe
     require_memory(source.num_bytes())
@@ -41,8 +50,11 @@ class CachedSource:
     # In the order of the shards, the fastest order to read them in.
     dataset = tf.data.Dataset.range(source.num_examples).batch(256)
     dataset = dataset.map(source.read, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
-    with tf.device("cpu"):
-      self._records = dataset.batch(source.num_examples).get_single_element()
+    try:
+      with tf.device("cpu"):
+        self._records = dataset.batch(source.num_examples).get_single_element()
+    except tf.errors.OpError as error:
+      raise read_error(source, "the data set", error) from error
 
   def read(self, indices):
     return tf.gather(self._records, indices)

@@ -1,6 +1,11 @@
 """Sources that read encoded images from the record files of a prepared data set."""
 
 import bisect
+import concurrent.futures
+import contextlib
+import errno
+import functools
+import hashlib
 import os
 import resource
 
@@ -8,18 +13,22 @@ import numpy as np
 import tensorflow as tf
 from array_record.python.array_record_module import ArrayRecordReader
 
-from tf_largebatch.data.record_index import record_data, record_offsets
-from tf_largebatch.errors import UserError
-
-# What reading and decoding an example may raise. TensorFlow's message quotes a record that it
-# cannot parse, and such a message may not be text (UnicodeDecodeError, a ValueError).
-FAULTS = (tf.errors.OpError, ValueError, OSError, RuntimeError)
+from tf_largebatch.data.read_errors import FAULTS, READ_FAILURES, missing_shard, unreachable
+from tf_largebatch.data.record_index import THREADS, open_index, record_data
+from tf_largebatch.errors import LOST_TASK, InterruptedRunError, UserError, summary
 
 
 class RecordSource:
-  """Encoded images in the records of a data set's shards."""
+  """Encoded images in the records of a data set's shards.
+
+  Attributes:
+    fingerprint: identifies the contents and the order of the examples.
+    unreachable: the error of the last `read` that could not reach the data, or None.
+  """
 
   image_shape = None
+  fingerprint: str
+  unreachable: InterruptedRunError | None = None
 
   def __init__(self, instructions, image_key: str, label_key: str, num_classes: int):
     """
@@ -34,13 +43,16 @@ class RecordSource:
     self._filenames = [os.fspath(i.filename) for i in instructions]
     # Index after the last example of each shard.
     self._ends = np.cumsum([i.take for i in instructions]).tolist()
+    # Of each shard: (first record, record after the last).
+    self._ranges = [(i.skip, i.skip + i.take) for i in instructions]
     self.num_examples = self._ends[-1]
 
   def record(self, index: int) -> bytes:
     """Returns the record of an example.
 
     Raises:
-      ValueError, OSError, tf.errors.OpError: the record is damaged or cannot be reached.
+      ValueError: the record is damaged.
+      InterruptedRunError: the file cannot be reached, or memory is exhausted.
     """
     raise NotImplementedError
 
@@ -49,6 +61,7 @@ class RecordSource:
     raise NotImplementedError
 
   def read(self, indices):
+    @tf.autograph.experimental.do_not_convert
     def records_of(indices):
       records = np.empty(len(indices), object)
       for place, index in enumerate(indices.tolist()):
@@ -56,6 +69,9 @@ class RecordSource:
           records[place] = self.record(index)
         except FAULTS:  # `sources.fault` reports it if the example is used.
           records[place] = b""
+        except InterruptedRunError as error:  # TensorFlow passes on only the text.
+          self.unreachable = error
+          raise
       return records
 
     # The only work in Python: for a batch of records, asking the system for bytes and a library for
@@ -88,8 +104,30 @@ class RecordSource:
     return shard, index - self._ends[shard] + instruction.take + instruction.skip
 
 
+def read_error(source, name: str, error: Exception) -> InterruptedRunError:
+  """Returns the error for a source that a pipeline failed to read, though no example is bad now.
+
+  Args:
+    source: any source.
+    name: of the source, for the message.
+    error: raised by the pipeline.
+  """
+  if found := getattr(source, "unreachable", None):
+    return found
+  if isinstance(error, tf.errors.ResourceExhaustedError):
+    return unreachable(name, error)
+  return InterruptedRunError(
+    f"Reading {name} failed ({summary(error)}), but all of its examples can be read now; run again "
+    "to continue.",
+    LOST_TASK,
+  )
+
+
 class TFRecordSource(RecordSource):
-  """Encoded images in TFRecord shards, read by offset; the index takes 8 bytes per example."""
+  """Encoded images in TFRecord shards, read by offset; the index takes 8 bytes per example.
+
+  The fingerprint covers the length and the CRC of every record.
+  """
 
   def __init__(
     self, instructions, image_key: str, label_key: str, num_classes: int, index_dir: str | None
@@ -97,19 +135,27 @@ class TFRecordSource(RecordSource):
     """
     Args:
       instructions, image_key, label_key, num_classes: as for `RecordSource`.
-      index_dir: where the index is kept, see `record_index.record_offsets`.
+      index_dir: where the index is kept, see `record_index.open_index`.
 
     Raises:
       UserError: a shard is missing or damaged, or has the wrong number of records.
     """
     super().__init__(instructions, image_key, label_key, num_classes)
     counts = [instruction.examples_in_shard for instruction in instructions]
-    self._offsets = record_offsets(self._filenames, counts, index_dir)
+    index = open_index(self._filenames, counts, index_dir)
+    self._offsets, self._index_path = index.offsets, index.path
+    self.fingerprint = index.fingerprint(self._ranges)
 
   def record(self, index: int) -> bytes:
     shard, position = self._locate(index)
     begin, end = self._offsets[shard][position : position + 2].tolist()
-    return record_data(self._read_range(shard, begin, end - begin))
+    try:
+      content = self._read_range(shard, begin, end - begin)
+    except READ_FAILURES as error:
+      if getattr(error, "errno", None) == errno.EIO:  # A bad sector; the rest can be read.
+        raise ValueError(summary(error)) from error
+      raise unreachable(self._filenames[shard], error) from error
+    return record_data(content, self._index_path)
 
   def _read_range(self, shard: int, offset: int, size: int) -> bytes:
     filename = self._filenames[shard]
@@ -128,7 +174,11 @@ class TFRecordSource(RecordSource):
 
 
 class ArrayRecordSource(RecordSource):
-  """Encoded images in ArrayRecord shards, which hold an index of their own."""
+  """Encoded images in ArrayRecord shards, which hold an index of their own.
+
+  The fingerprint covers the size of each shard and the first, middle and last record that the
+  source reads of it: the format has no CRCs that could be read without reading all data.
+  """
 
   def __init__(
     self,
@@ -147,26 +197,81 @@ class ArrayRecordSource(RecordSource):
       UserError: a shard is missing or damaged, or has the wrong number of records.
     """
     super().__init__(instructions, image_key, label_key, num_classes)
-    # Each reader keeps a file open, and the default limit is often 1024 per process.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    self._readers = []
-    for filename, instruction in zip(self._filenames, instructions, strict=True):
-      # No read-ahead, because the next record is elsewhere. The reader of a missing or truncated
-      # file finds no records.
-      reader = ArrayRecordReader(filename, "readahead_buffer_size:0,max_parallelism:0")
-      found = reader.num_records() if os.path.exists(filename) else 0
-      if found != instruction.examples_in_shard:
-        raise UserError(
-          f"{filename} has {found} records, but its data set was prepared with "
-          f"{instruction.examples_in_shard} there; prepare it again."
-        )
-      self._readers.append(reader)
+    # Thread safe. A reader keeps its file open until it leaves the cache and no thread uses it.
+    self._reader = functools.lru_cache(_most_readers())(_open_reader)
+    counts = [instruction.examples_in_shard for instruction in instructions]
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+      samples = list(threads.map(self._sample, self._filenames, counts, self._ranges))
+    digest = hashlib.sha256(repr(samples).encode())
+    self.fingerprint = f"array_record:{digest.hexdigest()[:16]}"
 
   def record(self, index: int) -> bytes:
     shard, position = self._locate(index)
-    return self._readers[shard].read([position])[0]
+    return self._read(self._filenames[shard], position)
+
+  def _read(self, filename: str, position: int) -> bytes:
+    try:
+      return self._reader(filename).read([position])[0]
+    except (RuntimeError, IndexError) as error:
+      text = summary(error)
+      # Riegeli, which reads the file, names a system call that failed.
+      if "() failed: " in text and os.strerror(errno.EIO) not in text:
+        raise unreachable(filename, error) from error
+      raise ValueError(text) from error
+    except READ_FAILURES as error:
+      raise unreachable(filename, error) from error
+
+  def _sample(self, filename: str, count: int, records: tuple[int, int]) -> tuple:
+    """Returns what the fingerprint covers of a shard, after checking its number of records."""
+    try:
+      size = os.path.getsize(filename)
+      found = self._reader(filename).num_records()
+    except READ_FAILURES as error:
+      raise missing_shard(filename, error) from error
+    except ValueError:
+      found = 0
+    if found != count:
+      raise UserError(
+        f"{filename} has {found} records, but its data set was prepared with {count} there; "
+        "prepare it again."
+      )
+    first, end = records
+    digests = []
+    for position in sorted({first, (first + end) // 2, end - 1}):
+      try:
+        digests.append(hashlib.sha256(self._read(filename, position)).hexdigest())
+      except ValueError:  # A bad example, which the run may skip.
+        digests.append("damaged")
+    return size, end - first, digests
 
   def describe(self, index: int) -> str:
     shard, position = self._locate(index)
     return f"example {index} (record {position} of {self._filenames[shard]})"
+
+
+def _open_reader(filename: str) -> ArrayRecordReader:
+  """Opens an ArrayRecord file.
+
+  Raises:
+    OSError: it cannot be opened.
+    ValueError: it is not an ArrayRecord file, or it was cut off.
+  """
+  # No read-ahead, because the next record is elsewhere.
+  reader = ArrayRecordReader(filename, "readahead_buffer_size:0,max_parallelism:0")
+  if not reader.ok():
+    with open(filename, "rb"):  # Raises the reason if it cannot be opened.
+      raise ValueError("it is not an ArrayRecord file, or it was cut off")
+  return reader
+
+
+def _most_readers() -> int:
+  """Returns how many files a source may keep open, of the largest number the system allows.
+
+  A quarter, because a run has two sources, and TensorFlow and the checkpoints need files too.
+  """
+  _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  # The limit in force is often 1024, below the largest one.
+  with contextlib.suppress(OSError, ValueError):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+  limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+  return max(1, limit // 4) if limit != resource.RLIM_INFINITY else 65536

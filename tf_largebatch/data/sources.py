@@ -4,6 +4,7 @@ A source is any object with
 
     num_examples, num_classes      ints
     image_shape                    (H, W, C) if all images share it, else None
+    fingerprint                    text that identifies the examples and their order, or None
     read(indices)                  int64 `[B]` → in a tf.data graph, if image_shape is known:
                                    (images uint8 `[B, H, W, C]`, labels int32 `[B]`), else:
                                    records, string `[B]`, empty where one cannot be read
@@ -20,17 +21,19 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from tf_largebatch.data.features import image_and_label
 from tf_largebatch.data.memory_sources import (
   ArraySource,
   CachedSource,
   fits_in_memory,
   require_memory,
 )
+from tf_largebatch.data.read_errors import FAULTS, unreachable
 from tf_largebatch.data.record_sources import (
-  FAULTS,
   ArrayRecordSource,
   RecordSource,
   TFRecordSource,
+  read_error,
 )
 from tf_largebatch.data.synthetic import SyntheticSource
 from tf_largebatch.errors import UserError, summary
@@ -76,7 +79,7 @@ def defaults(dataset: str, data_dir: str, validation_split: str | None = None) -
     splits, shape = list(GENERATED[dataset].SPLITS), (None, None, GENERATED[dataset].CHANNELS)
   else:
     info = tfds.builder(dataset, data_dir=data_dir).info
-    splits, shape = list(info.splits), info.features[_keys(info)[0]].shape
+    splits, shape = list(info.splits), info.features[image_and_label(info)[0]].shape
   if validation_split is None:
     found = [split for split in ("validation", "test") if split in splits]
     if not found:
@@ -129,13 +132,15 @@ def open_source(
   Raises:
     UserError: the split is missing or empty, the data set is not one of image classification, its
       shards are missing or damaged, or the cache does not fit in memory.
+    InterruptedRunError: the data could not be reached for a moment, or the process has too many
+      open files or too little memory.
   """
   if dataset in GENERATED:
     source = GENERATED[dataset]
     return source(_count_generated(dataset, split, source.SPLITS), image_size or 224)
   info = tfds.builder(dataset, data_dir=data_dir).info
   selected = _select(info, dataset, split)
-  shape = info.features[_keys(info)[0]].shape
+  shape = info.features[image_and_label(info)[0]].shape
   if None in shape:
     records = _open_records(info, selected, index_dir)
     return CachedSource(records) if cache else records
@@ -155,17 +160,25 @@ def fault(source, index: int, channels: int = 0) -> str | None:
     source: any source.
     index: the example's index.
     channels: number of channels to decode to; 0: as many as the image has.
+
+  Raises:
+    InterruptedRunError: the example cannot be reached, or memory is exhausted, which says nothing
+      about the example.
   """
   if source.image_shape is not None:
     return None
   try:
     image, label = source.parse(source.record(index))
+    if tf.io.is_jpeg(image):
+      tf.io.extract_jpeg_shape(image)  # The first part that the input pipeline reads.
     tf.io.decode_image(image, channels, expand_animations=False)
     if 0 <= label < source.num_classes:
       return None
     reason = f"its label is {int(label)}, but there are {source.num_classes} classes"
   except UnicodeDecodeError:
     reason = "its record is not a tf.train.Example"
+  except (MemoryError, tf.errors.ResourceExhaustedError) as error:
+    raise unreachable(source.describe(index), error) from error
   except FAULTS as error:
     reason = summary(error)
   return f"{source.describe(index)}: {reason}"
@@ -216,19 +229,6 @@ def _missing_split(dataset: str, split: str, splits) -> UserError:
   )
 
 
-def _keys(info) -> tuple[str, str]:
-  """Returns the names of the features that hold the image and the label."""
-  keys = info.supervised_keys
-  if keys and len(keys) == 2 and all(key in info.features for key in keys):
-    image, label = (info.features[key] for key in keys)
-    if isinstance(image, tfds.features.Image) and isinstance(label, tfds.features.ClassLabel):
-      return keys
-  raise UserError(
-    f"{info.name} is not an image classification data set: its features are "
-    f"{', '.join(info.features)}; use one whose examples are an image and a label."
-  )
-
-
 def _open_records(info, selected, index_dir: str | None) -> RecordSource:
   """Opens the records of a split in whichever format TensorFlow Datasets wrote them."""
   source = _RECORD_SOURCES.get(info.file_format.value)
@@ -237,7 +237,7 @@ def _open_records(info, selected, index_dir: str | None) -> RecordSource:
       f"{info.name} was prepared as {info.file_format.value}; prepare it as "
       f"{' or '.join(_RECORD_SOURCES)}."
     )
-  image_key, label_key = _keys(info)
+  image_key, label_key = image_and_label(info)
   num_classes = info.features[label_key].num_classes
   return source(selected.file_instructions, image_key, label_key, num_classes, index_dir)
 
@@ -255,13 +255,14 @@ def _decode_all(records: RecordSource) -> ArraySource:
     batches = list(dataset.as_numpy_iterator())
     failure = None
   except FAULTS as error:
-    batches, failure = [], summary(error)
+    batches, failure = [], error
   if failure or any(
     np.any((labels < 0) | (labels >= records.num_classes)) for _, labels in batches
   ):
     faults = (fault(records, index) for index in range(records.num_examples))
-    raise UserError(
-      f"The data set is damaged: {next(filter(None, faults), failure)}; prepare it again."
-    )
+    found = next(filter(None, faults), None)
+    if found is None:
+      raise read_error(records, "the data set", failure) from failure
+    raise UserError(f"The data set is damaged: {found}; prepare it again.")
   images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-  return ArraySource(images, labels, records.num_classes)
+  return ArraySource(images, labels, records.num_classes, records.fingerprint)

@@ -17,6 +17,7 @@ class SyntheticSource:
   SPLITS: ClassVar[dict[str, int]] = {"train": 1_281_167, "validation": 50_000}  # ImageNet's.
   CHANNELS = 3
   num_classes = 1000
+  fingerprint = None  # The name determines the examples.
 
   def __init__(self, num_examples: int, image_size: int):
     """

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tf_largebatch.data import input_pipeline, sources
 from tf_largebatch.distributed.cluster import Cluster
-from tf_largebatch.errors import LOST_TASK, InterruptedRunError, UserError, summary
+from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.training.bad_examples import BadExamples
 
@@ -93,22 +93,30 @@ def next_batch(batches: Iterator, recipe: Recipe, split: str, source, ids, skips
     skips: whether bad examples are replaced.
 
   Raises:
-    UserError: an example cannot be read.
-    InterruptedRunError: the data could not be read, but can be now.
+    UserError: an example is bad.
+    InterruptedRunError: the data cannot be reached, or could not be for a moment.
   """
   try:
     return next(batches)
   except sources.FAULTS as error:
-    channels = len(recipe.channel_mean)
-    faults = (sources.fault(source, int(index), channels) for index in ids)
-    found = next(filter(None, faults), None)
+    found = _first_fault(source, ids, recipe, input_pipeline.REPLACEMENTS if skips else 1)
     if found is None:
-      raise InterruptedRunError(
-        f"Reading {split} failed ({summary(error)}), but all of its examples can be read now; "
-        "run again to continue.",
-        LOST_TASK,
-      ) from error
+      raise sources.read_error(source, split, error) from error
     rest = ", or skip such examples with --bad_examples=skip"
     if skips:
       rest = ": too many successive examples are bad to replace it"
     raise UserError(f"{split} cannot be read: {found}. Prepare the data again{rest}.") from error
+
+
+def _first_fault(source, ids, recipe: Recipe, tries: int) -> str | None:
+  """Returns the fault of the first example that is bad along with those that could replace it."""
+  for index in ids:
+    faults = []
+    for other in range(int(index), int(index) + tries):
+      found = sources.fault(source, other % source.num_examples, len(recipe.channel_mean))
+      if found is None:
+        break
+      faults.append(found)
+    else:
+      return faults[0]
+  return None

@@ -120,6 +120,7 @@ def _open(recipe: Recipe, options: RunOptions, cluster: Cluster, strategy, data:
     )
     for split in (recipe.train_split, recipe.validation_split)
   )
+  data = _with_fingerprints(data, source, validation, options.work_dir, cluster, strategy)
   derived = recipe.derived(source.num_examples, strategy.num_replicas_in_sync)
   check_workers_per_pass(options.workers_per_pass or 1, derived["workers_per_replica"])
   facts = {
@@ -129,6 +130,28 @@ def _open(recipe: Recipe, options: RunOptions, cluster: Cluster, strategy, data:
     "cluster": describe(strategy, cluster, options.communication),
   }
   return _Run(recipe, options, cluster, strategy, source, validation, facts)
+
+
+def _with_fingerprints(
+  data: dict, source, validation, work_dir: str, cluster: Cluster, strategy
+) -> dict:
+  """Adds the fingerprints of the examples to the identity of the data.
+
+  Raises:
+    UserError: the tasks' examples differ, or those that the run in work_dir began with.
+  """
+  fingerprints = {"train": source.fingerprint, "validation": validation.fingerprint}
+  stored = work_directory.stored_fingerprints(work_dir, data)
+  if cluster.num_tasks > 1:
+    facts = (fingerprints, stored)
+    require_agreement(strategy, facts, "their data differ; copy them from one task to the others")
+  if stored not in (None, fingerprints):
+    raise UserError(
+      f"work_dir={work_dir} holds a run on other examples, or on the same ones in another order "
+      f"({stored} there, {fingerprints} now); choose another work_dir, or the data that the run "
+      "began with."
+    )
+  return data | {"fingerprints": fingerprints} if source.fingerprint else data
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def find_run(work_dir: str, recipe: Recipe, data: dict) -> dict | None:
   Args:
     work_dir: the run's directory.
     recipe: resolved.
-    data: see `sources.identify`.
+    data: see `sources.identify`; fingerprints are not compared, because the data are not open yet.
 
   Raises:
     UserError: the directory holds a run of another recipe or on other data, or files that do not
@@ -50,19 +50,34 @@ def find_run(work_dir: str, recipe: Recipe, data: dict) -> dict | None:
     return None
   stored, trained_on = _read_recipe(path, data)
   _require_same_recipe(work_dir, stored, recipe)
-  if trained_on != data:
+  identity = {name: value for name, value in trained_on.items() if name != "fingerprints"}
+  if identity != data:
     raise UserError(
-      f"work_dir={work_dir} holds a run on other data ({trained_on} there, {data} now); choose "
+      f"work_dir={work_dir} holds a run on other data ({identity} there, {data} now); choose "
       "another work_dir, or the data_dir that it began with."
     )
   return _read_result(os.path.join(work_dir, "result.json"))
+
+
+def stored_fingerprints(work_dir: str, data: dict) -> dict | None:
+  """Returns the fingerprints of the data that the run in the directory began with.
+
+  Args:
+    work_dir: the run's directory, which `find_run` has accepted.
+    data: see `sources.identify`.
+
+  Returns:
+    Split → fingerprint; None if there is no run, or one of a version that did not store them.
+  """
+  path = os.path.join(work_dir, "recipe.json")
+  return _read_recipe(path, data)[1].get("fingerprints") if _exists(path) else None
 
 
 def _read_recipe(path: str, data: dict) -> tuple[Recipe, dict]:
   """(recipe of the run, its data); a field that the file lacks has its default."""
   try:
     facts = files.read_json(path)
-    return Recipe(**facts["recipe"]), facts.get("data", data)
+    return Recipe(**facts["recipe"]), dict(facts.get("data", data))
   except (*files.FAILURES, ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
       f"{path} does not hold the recipe of a run of this version ({summary(error)}); choose "
