@@ -5,7 +5,6 @@ import errno
 import io
 import os
 import struct
-import types
 import unittest.mock as mock
 
 import numpy as np

@@ -12,7 +12,7 @@ from absl import logging
 
 from tf_largebatch.data import sources
 from tf_largebatch.distributed.cluster import Cluster
-from tf_largebatch.distributed.collectives import make_task_gather, meet
+from tf_largebatch.distributed.collectives import make_task_gather, meet, require_agreement
 from tf_largebatch.distributed.lost_tasks import report_lost_tasks
 from tf_largebatch.distributed.strategy import describe, make_strategy
 from tf_largebatch.errors import UserError
