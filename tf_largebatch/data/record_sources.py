@@ -91,11 +91,18 @@ class RecordSource:
     return example[image_key], tf.cast(example[label_key], tf.int32)
 
   def num_bytes(self) -> int:
-    """Returns the approximate size of the examples on disk."""
-    return sum(
-      tf.io.gfile.stat(name).length * i.take // max(i.examples_in_shard, 1)
-      for name, i in zip(self._filenames, self._instructions, strict=True)
-    )
+    """Returns the approximate size of the examples on disk.
+
+    Raises:
+      InterruptedRunError: a shard cannot be reached.
+    """
+    size = 0
+    for name, part in zip(self._filenames, self._instructions, strict=True):
+      try:
+        size += tf.io.gfile.stat(name).length * part.take // max(part.examples_in_shard, 1)
+      except READ_FAILURES as error:
+        raise unreachable(name, error) from error
+    return size
 
   def _locate(self, index: int) -> tuple[int, int]:
     """Returns (shard, record in that shard) of an example."""
