@@ -127,6 +127,19 @@ def test_links_lead_somewhere(path):
     assert (path.parent / target).exists(), target
 
 
+def test_the_tests_that_documents_name_exist():
+  named = [
+    match
+    for path in DOCUMENTS
+    for match in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", path.read_text())
+  ]
+  assert len(named) > 50
+  sources = {path: (ROOT / path).read_text() for path, _ in named}
+  assert [
+    (path, name) for path, name in named if f"def {name}(" not in sources[path] and name
+  ] == []
+
+
 def test_readme_is_short_and_finished():
   text = (ROOT / "README.md").read_text()
   assert len(text.split()) <= 1000 and "_FIGURES" not in text

@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from tests.launching import run_program
 from tf_largebatch.data import sources
 from tf_largebatch.errors import UserError
 
@@ -222,3 +223,21 @@ def test_defaults(data_dir):
   with pytest.raises(UserError, match="no validation or test split"):
     sources.defaults("tiny_varied", data_dir)
   assert sources.defaults("tiny_varied", data_dir, "train[:5]").validation_split == "train[:5]"
+
+
+def test_more_shards_than_open_files(tmp_path):
+  """ArrayRecord's readers keep their files open."""
+  builder = TinyVaried(data_dir=tmp_path, file_format="array_record")
+  config = tfds.download.DownloadConfig(num_shards=20)
+  builder.download_and_prepare(download_config=config)
+  program = f"""
+import json, os, resource
+from tf_largebatch.data import sources
+limit = len(os.listdir("/proc/self/fd")) + 19
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+source = sources.open_source("tiny_varied", "train", {str(tmp_path)!r})
+records = [source.record(index) for index in (*range(source.num_examples), 0)]
+print(json.dumps([len(source._filenames), len(set(records)), source.num_examples]))
+"""
+  shards, different, examples = run_program(program)
+  assert shards == 20 and different == examples

@@ -205,9 +205,10 @@ class ArrayRecordSource(RecordSource):
     """
     super().__init__(instructions, image_key, label_key, num_classes)
     # Thread safe. A reader keeps its file open until it leaves the cache and no thread uses it.
-    self._reader = functools.lru_cache(_most_readers())(_open_reader)
+    most = _most_readers()
+    self._reader = functools.lru_cache(most)(_open_reader)
     counts = [instruction.examples_in_shard for instruction in instructions]
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+    with concurrent.futures.ThreadPoolExecutor(min(THREADS, most)) as threads:
       samples = list(threads.map(self._sample, self._filenames, counts, self._ranges))
     digest = hashlib.sha256(repr(samples).encode())
     self.fingerprint = f"array_record:{digest.hexdigest()[:16]}"
