@@ -45,6 +45,14 @@ def test_a_file_that_keras_can_use_or_ignores_is_accepted(tmp_path, content):
   assert foreign_settings.ignore({"KERAS_HOME": str(tmp_path)}) == []
 
 
+def test_the_file_is_found_where_keras_finds_it(tmp_path, monkeypatch):
+  (tmp_path / ".keras").mkdir()
+  (tmp_path / ".keras" / "keras.json").write_text("[]")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  with pytest.raises(UserError, match=str(tmp_path)):
+    foreign_settings.ignore({})
+
+
 @pytest.fixture
 def changed_keras():
   config = keras.config

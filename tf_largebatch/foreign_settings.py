@@ -60,8 +60,10 @@ def ignore(environ: MutableMapping[str, str] = os.environ) -> list[str]:
 
 
 def _check_keras_json(environ: MutableMapping[str, str]) -> None:
-  path = os.path.join(environ.get("KERAS_HOME", "~/.keras"), "keras.json")
-  path = os.path.expanduser(path)
+  # As Keras finds it.
+  home = os.path.expanduser("~")
+  default = os.path.join(home if os.access(home, os.W_OK) else "/tmp", ".keras")
+  path = os.path.join(os.path.expanduser(environ.get("KERAS_HOME", default)), "keras.json")
   if not os.path.exists(path):
     return
   try:
