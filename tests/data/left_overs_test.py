@@ -47,10 +47,10 @@ class EndlessShapes(tfds.core.GeneratorBasedBuilder):
 
 
 @contextlib.contextmanager
-def preparing(data_dir):
-  """A process in the middle of a preparation."""
+def preparing(data_dir, *arguments):
+  """A process, of these arguments of Python, in the middle of a preparation."""
   with subprocess.Popen(
-    [sys.executable, "-c", _PROGRAM, str(data_dir)],
+    [sys.executable, *(arguments or ("-c", _PROGRAM, str(data_dir)))],
     cwd=ROOT,
     env={**os.environ, _ENDLESS: "1"},
     stderr=subprocess.PIPE,
@@ -66,7 +66,7 @@ def preparing(data_dir):
       process.kill()
 
 
-def _files(data_dir):
+def files(data_dir):
   return sorted(path.relative_to(data_dir) for path in data_dir.rglob("*") if path.is_file())
 
 
@@ -77,13 +77,13 @@ def test_a_signal_and_the_preparation_after_sigkill_remove_everything(tmp_path):
     assert first.wait(timeout=15) == 130
     lines = first.stderr.read().splitlines()
     assert lines[-1] == "error: Ended at once by SIGINT."  # No word of the files that vanished.
-    assert [path.name for path in _files(stopped)] == [".preparation.lock"]
+    assert [path.name for path in files(stopped)] == [".preparation.lock"]
     assert not (stopped / ".preparation").exists()
     second.kill()
     second.wait()
-  assert len(_files(killed)) > 1
+  assert len(files(killed)) > 1
   preparation.prepare("endless_shapes", str(killed))
-  assert {path.parent.name for path in _files(killed)} == {"", "1.0.0"}
+  assert {path.parent.name for path in files(killed)} == {"", "1.0.0"}
   assert [path.name for path in (killed / "endless_shapes").iterdir()] == ["1.0.0"]
 
 

@@ -10,7 +10,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from tests.data import left_overs_test
 from tests.launching import run_module
+from tests.tools.datasets import own_images_test
 
 
 def _run(data_dir, *arguments):
@@ -79,3 +81,30 @@ def test_mistakes_are_reported_on_one_line(tmp_path):
   manual_dir = tmp_path / "downloads" / "manual"
   tars = "ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar"
   assert re.search(rf"put {tars} into {manual_dir} .*and run again", missing)
+
+
+def test_own_images_and_what_to_train_with(tmp_path):
+  own_images_test.write_images(tmp_path / "flowers", 2)
+  data_dir = tmp_path / "data"
+  result = _run(data_dir, "my_flowers", f"--images={tmp_path}/flowers")
+  directory = data_dir / "my_flowers" / "1.0.0"
+  first, *lines = result.stdout.splitlines()
+  assert result.returncode == 0 and first.startswith("my_flowers/1.0.0: train 6 examples, ")
+  assert lines == [
+    f"Classes: 0 daisy, 1 rose, 2 tulip (one a line in {directory}/label.labels.txt)",
+    f"Train with: --dataset=my_flowers --data_dir={data_dir} --train_split=train[:90%] "
+    "--validation_split=train[90%:]",
+  ]
+  assert (directory / "label.labels.txt").read_text().split() == ["daisy", "rose", "tulip"]
+  refused = _refusal(_run(data_dir, "a", "b", f"--images={tmp_path}/flowers"))
+  assert "One name, and one of --images and --csv are needed; given: a b." in refused
+
+
+def test_an_own_builder_that_sigterm_interrupts_leaves_nothing(tmp_path):
+  """By its module; tests/tools/datasets/own_builders_test.py has the paths."""
+  arguments = ("--imports=tests.data.left_overs_test", "endless_shapes", f"--data_dir={tmp_path}")
+  with left_overs_test.preparing(tmp_path, "-m", "tools.prepare_data", *arguments) as process:
+    process.terminate()
+    assert process.wait(timeout=20) == 143
+    assert "Traceback" not in process.stderr.read()
+  assert [path.name for path in left_overs_test.files(tmp_path)] == [".preparation.lock"]

@@ -63,16 +63,66 @@ def prepare(
     UserError: TFDS has no such data set, it is prepared in another format, `data_dir` cannot be
       written, or no origin worked; the last message says which file to put where.
   """
+  data_dir = _absolute(data_dir)
+  make_builder = functools.partial(_make_builder, dataset, data_dir, file_format)
+
+  def build_from_any_origin(scratch: pathlib.Path) -> None:
+    _prepare_from_any_origin(make_builder, dataset, data_dir, scratch, mirrors or {})
+
+  _prepare_once(make_builder, data_dir, build_from_any_origin)
+
+
+def prepare_with(
+  builder_class: type[tfds.core.DatasetBuilder], data_dir: str, file_format: str | None = None
+) -> None:
+  """Prepares a data set, as `prepare` does, with a builder that needs nothing but local files.
+
+  Raises:
+    UserError: `data_dir` cannot be written, or the builder fails.
+  """
+  data_dir = _absolute(data_dir)
+  chosen = {"file_format": file_format} if file_format else {}
+  make_builder = functools.partial(builder_class, data_dir=data_dir, **chosen)
+
+  def build_from_files(scratch: pathlib.Path) -> None:
+    try:
+      build(make_builder(), scratch, scratch / "none")
+    except Exception as error:  # TFDS raises a different type for each part that fails.
+      logging.debug("The traceback:", exc_info=True)
+      raise UserError(
+        f"Cannot prepare {builder_class.name} in {data_dir}: {summary(error)}"
+      ) from error
+
+  _prepare_once(make_builder, data_dir, build_from_files)
+
+
+def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
+  """Whether TFDS has the data set, without the warning that TFDS logs if it has not."""
+  return builder.data_path.exists() and builder.is_prepared()
+
+
+def _absolute(data_dir: str) -> str:
+  """Makes a local path absolute, because mirrors may run commands in other directories.
+
+  Raises:
+    UserError: it is in a home directory that is not known.
+  """
   data_dir = expand_home(data_dir)
   require_home("data_dir", data_dir)
-  if "://" not in data_dir:  # Absolute, because mirrors may run commands in other directories.
-    data_dir = os.path.abspath(data_dir)
-  make_builder = functools.partial(_make_builder, dataset, data_dir, file_format)
-  if _is_prepared(make_builder()):
+  return data_dir if "://" in data_dir else os.path.abspath(data_dir)
+
+
+def _prepare_once(
+  make_builder: Callable[[], tfds.core.DatasetBuilder],
+  data_dir: str,
+  build_it: Callable[[pathlib.Path], None],
+) -> None:
+  """Calls `build_it` with a directory to work in, unless the data set is prepared."""
+  if is_prepared(make_builder()):
     return
   with _exclusive_scratch_dir(data_dir) as scratch:
-    if not _is_prepared(make_builder()):  # No other process prepared it while this one waited.
-      _prepare_from_any_origin(make_builder, dataset, data_dir, scratch, mirrors or {})
+    if not is_prepared(make_builder()):  # No other process prepared it while this one waited.
+      build_it(scratch)
 
 
 def build(
@@ -105,11 +155,11 @@ def _make_builder(
     raise UserError(
       f"TensorFlow Datasets has no dataset {dataset!r}{close and f' (did you mean {close}?)'}"
       f"{'' if os.path.isdir(data_dir) else f', and {data_dir} does not exist'}; "
-      "there is also synthetic, which needs no data."
+      "there is also synthetic, which needs no data. Your own images: docs/data.md."
     )
   try:
     builder = tfds.builder(dataset, data_dir=data_dir)
-    if file_format and not _is_prepared(builder):
+    if file_format and not is_prepared(builder):
       return tfds.builder(dataset, data_dir=data_dir, file_format=file_format)
   except Exception as error:  # TFDS raises a different type for each part that is wrong.
     raise UserError(f"TensorFlow Datasets rejects dataset {dataset!r}: {summary(error)}") from error
@@ -137,11 +187,6 @@ def _is_directory(data_dir: str, name: str) -> bool:
     ) from error
   except (OSError, ValueError):
     return False
-
-
-def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
-  # is_prepared() logs a warning if the directory does not exist.
-  return builder.data_path.exists() and builder.is_prepared()
 
 
 @contextlib.contextmanager
