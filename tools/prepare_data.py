@@ -103,9 +103,7 @@ def main(datasets: list[str]) -> None:
     return
   for module in values.imports:
     own_builders.import_module(module)
-  names = [
-    own_builders.import_path(name) if own_builders.is_path(name) else name for name in datasets
-  ]
+  names = [own_builders.resolve(dataset) for dataset in datasets]
   for name in names:
     preparation.prepare(name, data_dir, values.file_format, MIRRORS)
   for name in names:

@@ -1,6 +1,7 @@
 """Imports a user's TensorFlow Datasets builder, so that TFDS knows it by its name."""
 
 import importlib
+import importlib.util
 import os
 import pathlib
 
@@ -34,20 +35,27 @@ def _import_path(argument: str) -> str:
       f"{argument} is not a builder of TensorFlow Datasets: there is no "
       f"{' or '.join(map(str, scripts))}; name a script, or the folder that `tfds new` made."
     )
-  # As TFDS does, which takes the data set's name from the package of a class named Builder.
-  is_package = (script.parent / "__init__.py").exists()
-  root = script.parent.parent if is_package else script.parent
-  module = f"{script.parent.name}.{script.stem}" if is_package else script.stem
   before = set(tfds.list_builders(with_community_datasets=False))
-  with tfds.core.utils.add_sys_path(root):
-    import_module(module)
+  # As TFDS does, which finds what belongs to a builder in the package of the builder's module.
+  package = script.parent
+  with tfds.core.utils.add_sys_path(package.parent), tfds.core.utils.add_sys_path(package):
+    name = f"{package.name}.{script.stem}"
+    import_module(name if _can_import(name) else script.stem)
   new = sorted(set(tfds.list_builders(with_community_datasets=False)) - before)
   if len(new) != 1:
     raise UserError(
-      f"{script} defines {len(new)} data sets{new and ': ' + ', '.join(new)}; give one builder a "
+      f"{script} defines {len(new)} data sets ({', '.join(new) or 'none'}); give one builder a "
       "script, or use --imports=MODULE and name the data set."
     )
   return new[0]
+
+
+def _can_import(module: str) -> bool:
+  """Whether there is such a module; not if another package has its package's name."""
+  try:
+    return importlib.util.find_spec(module) is not None
+  except (ImportError, ValueError):
+    return False
 
 
 def import_module(module: str) -> None:

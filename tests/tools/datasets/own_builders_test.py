@@ -61,6 +61,11 @@ def test_a_folder_as_tfds_new_makes_it(tmp_path):
   _check_prepared(name, tmp_path / "data")
 
 
+def test_a_script_in_a_folder_with_the_name_of_another_package(tmp_path):
+  script = _write(tmp_path / "numpy" / "own_numpy_set.py", "OwnNumpySet")
+  assert own_builders.resolve(str(script)) == "own_numpy_set"
+
+
 def test_names_are_left_alone():
   for name in ("cifar10", "imagenet2012:5.1.0", "imagenet_resized/32x32"):
     assert own_builders.resolve(name) == name
@@ -78,9 +83,9 @@ def test_mistakes_are_one_line(tmp_path):
   for argument, expected in (
     (f"{tmp_path}/none.py", "there is no "),
     (nothing, "nothing_dataset_builder.py or "),
-    (broken, "own_broken_set cannot be imported (ModuleNotFoundError: No module named"),
-    (empty, "defines 0 data sets; give one builder a script"),
-    (two, "defines 2 data sets: own_first_set, own_second_set; give one"),
+    (broken, ".own_broken_set cannot be imported (ModuleNotFoundError: No module named"),
+    (empty, "defines 0 data sets (none); give one builder a script"),
+    (two, "defines 2 data sets (own_first_set, own_second_set); give one"),
     (taken, "Dataset with name cifar10 already registered"),
   ):
     with pytest.raises(UserError) as error:
