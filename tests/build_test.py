@@ -33,6 +33,7 @@ TEST_SUPPORT = {"tests/conftest.py", "tests/pytest_main.py"}
 _LONGEST_FILE, _LONGEST_FUNCTION, _MOST_PARAMETERS = 400, 60, 8
 _KERAS_OBJECTS = {
   ("tf_largebatch/optim/schedule.py", "__init__"),
+  ("tf_largebatch/optim/sgd.py", "__init__"),
   ("tf_largebatch/models/normalization.py", "__init__"),
 }
 _MACROS = {"library", "package_init", "program", "pytest_test"}

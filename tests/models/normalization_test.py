@@ -253,10 +253,38 @@ def test_rejects_bad_arguments(name, value):
     PerWorkerBatchNormalization(**{name: value})
 
 
-def test_warns_about_a_mask():
+def test_refuses_a_mask_in_words():
+  layer = PerWorkerBatchNormalization(3)
   masked = keras.layers.Masking()(np.ones((2, 3, 4), np.float32))
-  with pytest.warns(UserWarning, match="does not support masking"):
-    PerWorkerBatchNormalization()(masked)
+  with pytest.raises(ValueError, match="takes no mask"):
+    layer(masked)
+  with pytest.raises(ValueError, match="takes no mask"):
+    layer(np.ones([6, 4, 5]), training=True, mask=np.ones([6, 4], bool))
+  layer(np.ones([6, 4, 5]), training=True, mask=None)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("center, scale", [(True, False), (False, True), (False, False)])
+def test_without_beta_or_gamma(center, scale, policy, training):
+  dtype, tolerance, _, _ = POLICIES[policy]
+  x, shape = images((12, 3, 4, 5), dtype), (12, 3, 4, 5)
+  layer = PerWorkerBatchNormalization(
+    4, center=center, scale=scale, dtype=policy, beta_initializer="ones", gamma_initializer="ones"
+  )
+  layer.build(shape)
+  assert [w.name for w in layer.trainable_weights] == ["gamma"] * scale + ["beta"] * center
+  gamma, beta = np.full(5, 1.5 if scale else 1.0), np.full(5, 0.5 if center else 0.0)
+  for weight, value in ((layer.gamma, gamma), (layer.beta, beta)):
+    if weight is not None:
+      weight.assign(value)
+  expected = reference(x, np.zeros(shape), gamma, beta, 4, 1e-5)[0]
+  if not training:  # The moving averages are 0 and 1.
+    expected = gamma * x.astype(np.float64) / np.sqrt(1 + 1e-5) + beta
+  assert_close(layer(x, training=training), expected, tolerance)
+  assert (
+    PerWorkerBatchNormalization.from_config(layer.get_config()).get_config() == layer.get_config()
+  )
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, None), (None, 3, None)])

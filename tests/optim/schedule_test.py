@@ -186,3 +186,32 @@ def test_rejects_bad_arguments(bad):
   ((name, value),) = bad.items()
   with pytest.raises(UserError, match=f"{name}.*{value}"):
     LinearScalingSchedule(**{"steps_per_epoch": 10, "global_batch_size": 512, **bad})
+
+
+def test_a_data_sets_cardinality_is_converted():
+  dataset = tf.data.Dataset.range(1000).batch(8)
+  schedule = LinearScalingSchedule(dataset.cardinality(), np.int64(512), reference_batch_size=256.0)
+  config = schedule.get_config()
+  counts = [config[n] for n in ("steps_per_epoch", "global_batch_size", "reference_batch_size")]
+  assert counts == [125, 512, 256] and {type(count) for count in counts} == {int}
+
+
+@pytest.mark.parametrize(
+  "steps, expected",
+  [
+    (tf.data.Dataset.range(9).repeat().cardinality(), "steps_per_epoch=-1 is the cardinality"),
+    (tf.data.UNKNOWN_CARDINALITY, "steps_per_epoch=-2 is the cardinality"),
+    (1.5, "steps_per_epoch=1.5 is not a whole number"),
+    ("ten", "steps_per_epoch='ten' is not a whole number"),
+    (math.nan, "steps_per_epoch=nan is not a whole number"),
+  ],
+)
+def test_a_count_that_is_not_known_is_refused_in_words(steps, expected):
+  with pytest.raises(UserError, match=expected):
+    LinearScalingSchedule(steps, 512)
+
+
+def test_a_symbolic_tensor_is_refused_in_words():
+  make = tf.function(lambda steps: LinearScalingSchedule(steps, 512) and steps, autograph=False)
+  with pytest.raises(UserError, match="not a whole number that is known"):
+    make(tf.constant(10))

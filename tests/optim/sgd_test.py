@@ -300,3 +300,45 @@ def test_config_round_trip(learning_rate):
 def test_rejects_bad_arguments(bad):
   with pytest.raises(ValueError, match=next(iter(bad))):
     MomentumCorrectedSGD(**bad)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(
+  "arguments",
+  [
+    {"clipnorm": 0.25},
+    {"clipvalue": 0.25},
+    {"global_clipnorm": 0.5},
+    {"use_ema": True, "ema_momentum": 0.875, "ema_overwrite_frequency": 3},
+    {"loss_scale_factor": 8.0},
+  ],
+)
+def test_arguments_of_keras_at_a_constant_rate(arguments, nesterov):
+  # Of numbers that float32 holds exactly, because Keras rounds its own to it.
+  rng = np.random.default_rng(0)
+  first = [rng.normal(size=shape) for shape in ((3, 4), (5,))]
+  steps = [[rng.normal(size=w.shape) for w in first] for _ in range(7)]
+  results = []
+  for optimizer in (
+    MomentumCorrectedSGD(0.125, momentum=0.875, nesterov=nesterov, **arguments),
+    keras.optimizers.SGD(0.125, momentum=0.875, nesterov=nesterov, **arguments),
+  ):
+    weights = [keras.Variable(w, dtype="float64") for w in first]
+    for gradients in steps:
+      optimizer.apply([tf.constant(g) for g in gradients], weights)
+    results.append([w.numpy() for w in weights])
+  unclipped = MomentumCorrectedSGD(0.125, momentum=0.875, nesterov=nesterov)
+  weights = [keras.Variable(w, dtype="float64") for w in first]
+  for gradients in steps:
+    unclipped.apply([tf.constant(g) for g in gradients], weights)
+  for ours, keras_own, plain in zip(*results, weights, strict=True):
+    np.testing.assert_allclose(ours, keras_own, rtol=1e-12, atol=1e-12)
+    assert np.abs(ours - plain.numpy()).max() > 1e-3  # The argument did something.
+  config = MomentumCorrectedSGD(0.125, **arguments).get_config()
+  assert {name: config[name] for name in arguments} == arguments
+  assert MomentumCorrectedSGD.from_config(config).get_config() == config
+
+
+def test_accumulation_over_calls_is_refused_in_words():
+  with pytest.raises(ValueError, match=r"does not accumulate gradients.*use larger batches"):
+    MomentumCorrectedSGD(0.1, gradient_accumulation_steps=4)

@@ -33,6 +33,7 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
     per_worker_batch_size: n, images that are normalised together. None: the whole (local) batch.
     momentum: of the moving averages; 0.9 as in the paper, where Keras has 0.99.
     epsilon: ε, added to the variance.
+    center, scale: whether there are β and γ; without them, β = 0 and γ = 1.
     gamma_initializer: initialiser of γ. In the paper, the last γ of a residual block starts at 0.
     beta_initializer: initialiser of β.
     name, trainable, dtype: as in `keras.layers.Layer`. As in Keras' own layer, a layer that is not
@@ -42,9 +43,9 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
     dtype.
 
   Raises:
-    ValueError: an argument is out of range, the number of channels is unknown, or, in training, the
-      batch is not a multiple of n (`tf.errors.InvalidArgumentError` if the batch size is known only
-      when the graph runs).
+    ValueError: an argument is out of range, the number of channels is unknown, a mask is given, or,
+      in training, the batch is not a multiple of n (`tf.errors.InvalidArgumentError` if the batch
+      size is known only when the graph runs).
   """
 
   def __init__(
@@ -57,6 +58,8 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
     name=None,
     trainable=True,
     dtype=None,
+    center=True,
+    scale=True,
   ):
     super().__init__(name=name, trainable=trainable, dtype=dtype)
     if per_worker_batch_size is not None and (
@@ -72,6 +75,8 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
     self.per_worker_batch_size = per_worker_batch_size
     self.momentum = momentum
     self.epsilon = epsilon
+    self.center = center
+    self.scale = scale
     self.gamma_initializer = keras.initializers.get(gamma_initializer)
     self.beta_initializer = keras.initializers.get(beta_initializer)
 
@@ -84,13 +89,20 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
     # The parameters stay in the variable dtype (autocast=False), because the fused kernel takes
     # float32 scales and statistics for images of any dtype.
     weights = {"shape": (channels,), "autocast": False}
-    self.gamma = self.add_weight(name="gamma", initializer=self.gamma_initializer, **weights)
-    self.beta = self.add_weight(name="beta", initializer=self.beta_initializer, **weights)
+    self.gamma = self.beta = None
+    if self.scale:
+      self.gamma = self.add_weight(name="gamma", initializer=self.gamma_initializer, **weights)
+    if self.center:
+      self.beta = self.add_weight(name="beta", initializer=self.beta_initializer, **weights)
     statistics = {**weights, "trainable": False, "aggregation": "mean"}
     self.moving_mean = self.add_weight(name="moving_mean", initializer="zeros", **statistics)
     self.moving_variance = self.add_weight(name="moving_variance", initializer="ones", **statistics)
 
-  def call(self, inputs, training=False):
+  def call(self, inputs, training=False, mask=None):
+    if mask is not None:
+      raise ValueError(
+        f"{self.name} takes no mask: what it hides would enter the statistics of the group."
+      )
     if not (training and self.trainable):
       return self._normalize(inputs, self.moving_mean, self.moving_variance)
     groups = self._groups(inputs)
@@ -109,8 +121,7 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
       grouped = tf.reshape(inputs, [groups, n, positions, channels])
       grouped = tf.transpose(grouped, [1, 2, 0, 3])
       grouped = tf.reshape(grouped, [n, positions, 1, groups * channels])
-    scale = tf.tile(tf.convert_to_tensor(self.gamma), [groups])
-    offset = tf.tile(tf.convert_to_tensor(self.beta), [groups])
+    scale, offset = (tf.tile(values, [groups]) for values in self._scale_and_offset())
     outputs, mean, variance = self._normalize_batch(grouped, scale, offset)
     mean = tf.reduce_mean(tf.reshape(mean, [groups, channels]), axis=0)
     variance = tf.reduce_mean(tf.reshape(variance, [groups, channels]), axis=0)
@@ -122,6 +133,14 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
       outputs = tf.reshape(tf.transpose(outputs, [2, 0, 1, 3]), tf.shape(inputs))
       outputs.set_shape(inputs.shape)
     return outputs
+
+  def _scale_and_offset(self):
+    """Returns (γ, β), `[channels]`; 1 and 0 where there are none."""
+    scale, offset = self.gamma, self.beta
+    return (
+      tf.ones_like(self.moving_mean) if scale is None else tf.convert_to_tensor(scale),
+      tf.zeros_like(self.moving_mean) if offset is None else tf.convert_to_tensor(offset),
+    )
 
   def _groups(self, inputs):
     """Returns g: an int if the batch size is known while tracing, else a checked tensor."""
@@ -166,15 +185,16 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
 
   def _normalize(self, inputs, mean, variance):
     """Normalises by the given statistics, `[channels]`."""
+    scale, offset = self._scale_and_offset()
     if inputs.dtype not in _FUSED_DTYPES:
-      return tf.nn.batch_normalization(inputs, mean, variance, self.beta, self.gamma, self.epsilon)
+      return tf.nn.batch_normalization(inputs, mean, variance, offset, scale, self.epsilon)
     four_d = inputs
     if inputs.shape.rank != 4:
       four_d = tf.reshape(inputs, [tf.shape(inputs)[0], -1, 1, inputs.shape[-1]])
     outputs = tf.raw_ops.FusedBatchNormV3(
       x=four_d,
-      scale=tf.cast(self.gamma, tf.float32),
-      offset=tf.cast(self.beta, tf.float32),
+      scale=tf.cast(scale, tf.float32),
+      offset=tf.cast(offset, tf.float32),
       mean=tf.cast(mean, tf.float32),
       variance=tf.cast(variance, tf.float32),
       epsilon=self.epsilon,
@@ -193,4 +213,6 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
       "epsilon": self.epsilon,
       "gamma_initializer": keras.initializers.serialize(self.gamma_initializer),
       "beta_initializer": keras.initializers.serialize(self.beta_initializer),
+      "center": self.center,
+      "scale": self.scale,
     }

@@ -15,6 +15,29 @@ _WARMUP_RATES = {
 }
 
 
+def _to_int(name: str, value) -> int:
+  """Converts a count, which may be a tensor such as a data set's cardinality.
+
+  Raises:
+    UserError: it is not a whole number that is known now.
+  """
+  try:
+    number = int(value)
+    if number != value:
+      raise ValueError("not a whole number")
+  except (TypeError, ValueError, OverflowError) as error:
+    raise UserError(
+      f"{name}={value!r} is not a whole number that is known when the schedule is made; give an "
+      "int."
+    ) from error
+  if number in (tf.data.INFINITE_CARDINALITY, tf.data.UNKNOWN_CARDINALITY):
+    raise UserError(
+      f"{name}={number} is the cardinality of a tf.data set of unknown or infinite size; give the "
+      "number itself."
+    )
+  return number
+
+
 @keras.saving.register_keras_serializable(package="tf_largebatch")
 class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
   """The paper's learning rate η_t: scaled with the minibatch, warmed up, decayed in steps.
@@ -32,7 +55,8 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
   Source: Goyal et al. 2017 (arXiv 1706.02677), §2.1, §2.2, §5.1, §5.3.
 
   Args:
-    steps_per_epoch: steps in one pass over the training set.
+    steps_per_epoch: steps in one pass over the training set; an int, or a tensor such as the
+      cardinality of the batched data set.
     global_batch_size: kn, images in one step.
     reference_learning_rate: η, the rate for a minibatch of `reference_batch_size` images.
     reference_batch_size: images in the reference minibatch; 256 in the paper.
@@ -67,6 +91,9 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
     super().__init__()
     if warmup not in WARMUPS:
       raise UserError(f"warmup={warmup!r} is unknown; use one of {', '.join(WARMUPS)}.")
+    steps_per_epoch = _to_int("steps_per_epoch", steps_per_epoch)
+    global_batch_size = _to_int("global_batch_size", global_batch_size)
+    reference_batch_size = _to_int("reference_batch_size", reference_batch_size)
     if steps_per_epoch < 1 or global_batch_size < 1 or reference_batch_size < 1:
       raise UserError(
         "steps_per_epoch, global_batch_size and reference_batch_size must be at least 1, not "

@@ -3,6 +3,12 @@
 import keras
 import tensorflow as tf
 
+# Arguments of Keras' optimizers that are passed on to the base class.
+_KERAS_ARGUMENTS = (
+  *("clipnorm", "clipvalue", "global_clipnorm"),
+  *("use_ema", "ema_momentum", "ema_overwrite_frequency", "loss_scale_factor"),
+)
+
 
 @keras.saving.register_keras_serializable(package="tf_largebatch")
 class MomentumCorrectedSGD(keras.optimizers.Optimizer):
@@ -36,12 +42,17 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     jit_compile: compile the update with XLA, which fuses the operations of each variable into one
       kernel. Takes effect in cross-replica context only, with gradients summed over the replicas.
     name: name of the optimizer.
+    clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum, ema_overwrite_frequency,
+      loss_scale_factor: as in `keras.optimizers.SGD`. Gradients are clipped before weight decay is
+      added.
+    gradient_accumulation_steps: refused, because the momentum is corrected at each step; use larger
+      batches instead.
 
   The momentum buffers, one per variable and of its shape, and the rate that they are scaled by are
   part of the optimizer's saved state.
 
   Raises:
-    ValueError: momentum or weight_decay is out of range.
+    ValueError: an argument is out of range or refused.
   """
 
   def __init__(
@@ -53,9 +64,33 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     weight_decay=0.0,
     jit_compile=False,
     name="MomentumCorrectedSGD",
+    clipnorm=None,
+    clipvalue=None,
+    global_clipnorm=None,
+    use_ema=False,
+    ema_momentum=0.99,
+    ema_overwrite_frequency=None,
+    loss_scale_factor=None,
+    gradient_accumulation_steps=None,
   ):
+    if gradient_accumulation_steps is not None:
+      raise ValueError(
+        "MomentumCorrectedSGD does not accumulate gradients over calls "
+        f"(gradient_accumulation_steps={gradient_accumulation_steps}): it corrects the momentum at "
+        "each step; use larger batches."
+      )
     # The base class' own weight_decay, which is decoupled, stays None.
-    super().__init__(learning_rate=learning_rate, name=name)
+    super().__init__(
+      learning_rate=learning_rate,
+      name=name,
+      clipnorm=clipnorm,
+      clipvalue=clipvalue,
+      global_clipnorm=global_clipnorm,
+      use_ema=use_ema,
+      ema_momentum=ema_momentum,
+      ema_overwrite_frequency=ema_overwrite_frequency,
+      loss_scale_factor=loss_scale_factor,
+    )
     if not 0 <= momentum < 1:
       raise ValueError(f"momentum must lie in [0, 1), not {momentum}.")
     if not weight_decay >= 0:
@@ -197,4 +232,5 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
       "weight_decay": self.coupled_weight_decay,
       "jit_compile": self.jit_compile,
       "name": self.name,
+      **{name: getattr(self, name) for name in _KERAS_ARGUMENTS},
     }
