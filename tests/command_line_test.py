@@ -177,7 +177,7 @@ def test_a_bad_flagfile_is_refused(text, words, tmp_path):
   assert words in message and not message.startswith("ERROR")
 
 
-# A line of a flagfile is stripped, and `auto` stands for None.
+# A line of a flagfile is stripped, `auto` stands for None, and a ~ must stand for a known home.
 _TEXTS = st.from_regex(r"[\w./~=,\-#\"' ]{0,20}", fullmatch=True).map(str.strip)
 _SPECIAL = {
   # Shorter than any run, in increasing order, and finite when scaled to the minibatch.
@@ -212,7 +212,7 @@ def values_of(field):
   elif kind is bool:
     values = st.booleans()
   elif kind is str:
-    values = _TEXTS.filter(lambda text: text not in ("", "auto"))
+    values = _TEXTS.filter(lambda text: text not in ("", "auto") and text[0] != "~")
   else:
     values = st.lists(numbers, min_size=1, max_size=4)
   return values | st.none() if optional else values
