@@ -324,7 +324,7 @@ _BELOW = "which is not below it"
       id="flags",
     ),
     pytest.param(
-      "tests/conftest.py", "#\n" * 400, ["tests/conftest.py has 417 lines"], id="long file"
+      "tests/conftest.py", "#\n" * 400, ["tests/conftest.py has 420 lines"], id="long file"
     ),
     pytest.param(
       _RECIPE,
