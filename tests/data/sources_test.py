@@ -1,13 +1,16 @@
 """Sources return any example by its index."""
 
+import os
+
 import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from tests.launching import run_program
 from tf_largebatch.data import sources
-from tf_largebatch.errors import UserError
+from tf_largebatch.errors import InterruptedRunError, UserError
 
 
 def image_of(index, shape):
@@ -155,6 +158,39 @@ def test_damaged_array_records(array_records):
   path.unlink()
   with pytest.raises(UserError, match=rf"{path}, .* cannot be read \(No such file"):
     sources.open_source("tiny_varied", "train", data_dir)
+
+
+def test_an_array_record_that_cannot_be_read_is_not_damaged(array_records):
+  """Replaces the reader's open file by a directory, so that the system call fails."""
+  data_dir, path = array_records
+  source = sources.open_source("tiny_varied", "train", data_dir)
+  descriptors = {
+    int(name): os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
+  }
+  directory = os.open(data_dir, os.O_RDONLY)
+  os.dup2(directory, next(number for number, name in descriptors.items() if name == str(path)))
+  os.close(directory)
+  with pytest.raises(InterruptedRunError, match=rf"{path} cannot be reached .*pread") as error:
+    sources.fault(source, 7)
+  assert error.value.status == 138
+
+
+def test_fingerprints_of_array_records(array_records, tmp_path):
+  data_dir, path = array_records
+
+  def fingerprint(split="train"):
+    return sources.open_source("tiny_varied", split, data_dir).fingerprint
+
+  expected = fingerprint()
+  assert expected.startswith("array_record:") and expected == fingerprint()
+  assert len({expected, fingerprint("train[1:]"), fingerprint("train[:19]")}) == 3
+  source = sources.open_source("tiny_varied", "train", data_dir)
+  writer = ArrayRecordWriter(str(path), "group_size:1")
+  for index in reversed(range(20)):
+    writer.write(source.record(index))
+  del source
+  writer.close()
+  assert fingerprint() != expected
 
 
 def test_slices_across_shards(tmp_path):

@@ -75,6 +75,17 @@ def test_skip_gives_up_after_nine_bad_examples_in_a_row(tmp_path):
   assert "--bad_examples" not in str(error.value)  # It is already set to skip.
 
 
+def test_a_bad_example_does_not_hide_data_that_cannot_be_reached(tmp_path):
+  """Example 7 is bad, and 8, which replaces it, is in a shard that vanishes."""
+  shards = Shards(str(tmp_path), {7: b""})
+  source = shards.open()
+  os.remove(shards.paths[1])
+  with pytest.raises(InterruptedRunError, match=f"{shards.paths[1]} cannot be reached") as error:
+    batches = iterator(source, lambda index: None)
+    batches_lib.next_batch(batches, RECIPE, "train", source, range(8), True)
+  assert error.value.status == 138
+
+
 def test_a_fault_is_found_with_the_pipelines_channels(tmp_path):
   """A CMYK image cannot be decoded as a grey one, so a restart would not help."""
   cmyk = make_record(encode(30, mode="CMYK"), 3)

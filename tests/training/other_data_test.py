@@ -1,6 +1,8 @@
 """A run notices that its data set was prepared again in another order."""
 
 import dataclasses
+import json
+import types
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import tensorflow_datasets as tfds
 
 from tests.training.small_runs import RECIPE, interrupting, train
 from tf_largebatch.errors import UserError
+from tf_largebatch.training import trainer
 from tf_largebatch.training.metrics import MetricsWriter
 
 
@@ -48,4 +51,29 @@ def test_a_run_on_data_in_another_order_is_not_continued(tmp_path, monkeypatch):
     train(tmp_path / "run", recipe, **first)
   with pytest.raises(UserError, match="on other examples, or on the same ones in another order"):
     train(tmp_path / "run", recipe, **second)
-  assert train(tmp_path / "run", recipe, **first)["status"] == "complete"
+  # A run of an older version has no fingerprints.
+  path = tmp_path / "run" / "recipe.json"
+  facts = json.loads(path.read_text())
+  fingerprints = facts["data"].pop("fingerprints")
+  path.write_text(json.dumps(facts))
+  result = train(tmp_path / "run", recipe, **first)
+  assert json.loads(path.read_text())["data"]["fingerprints"] == fingerprints
+  # A complete run's result needs no data.
+  assert train(tmp_path / "run", recipe, **second) == result
+
+
+def test_tasks_agree_on_the_data_and_on_what_is_stored(tmp_path, monkeypatch):
+  """Otherwise one task would refuse and the others would wait for it."""
+  agreed = []
+  monkeypatch.setattr(trainer, "require_agreement", lambda _, facts, reason: agreed.append(facts))
+  source = types.SimpleNamespace(fingerprint="tfrecord:1")
+  cluster = types.SimpleNamespace(num_tasks=2)
+  arguments = ({"name": "x"}, source, source, str(tmp_path), cluster, None)
+  now = {"train": "tfrecord:1", "validation": "tfrecord:1"}
+  assert trainer._with_fingerprints(*arguments) == {"name": "x", "fingerprints": now}
+  before = {"train": "tfrecord:2", "validation": "tfrecord:1"}
+  stored = {"recipe": RECIPE.to_dict(), "data": {"name": "x", "fingerprints": before}}
+  (tmp_path / "recipe.json").write_text(json.dumps(stored))
+  with pytest.raises(UserError, match="on other examples"):
+    trainer._with_fingerprints(*arguments)
+  assert agreed == [(now, None), (now, before)]
