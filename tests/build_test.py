@@ -13,7 +13,7 @@ from tests.launching import ROOT
 # The package's folders and top-level modules, from the lowest floor up. A module may import from
 # lower floors and from its own folder.
 _FLOORS = (
-  {"errors"},
+  {"errors", "threads"},
   {"fields", "files", "foreign_settings", "machine", "signals", "standard_streams"},
   {"locks"},
   {"recipe", "options"},
@@ -23,7 +23,8 @@ _FLOORS = (
   {"train"},
 )
 # Modules that are imported before TensorFlow.
-_LIGHT = {"tf_largebatch", "errors", "fields", "signals", "standard_streams", "recipe", "options"}
+_LIGHT = {"tf_largebatch", "errors", "fields", "signals", "standard_streams", "threads"}
+_LIGHT |= {"recipe", "options"}
 # The modules of the package that may import absl's flags.
 _KNOW_FLAGS = {"tf_largebatch.command_line", "tf_largebatch.train"}
 # Modules that a program runs as a process although its source has no `-m` before their names.
@@ -138,8 +139,12 @@ def target_problems(tree):
 
 def expected_dependencies(tree, module):
   """Targets that a module imports or runs, without its own package, which the macros add."""
-  own = {label(module.rpartition(".")[0]), "tests"}
-  return sorted({label(name) for name in needed(tree, module)} - own)
+  package = module.rpartition(".")[0]
+  found = needed(tree, module)
+  fixtures = f"{package}.conftest"  # pytest imports it; all tests depend on that of `tests`.
+  if is_test(module) and package != "tests" and fixtures in sources(tree):
+    found |= {fixtures}
+  return sorted({label(name) for name in found} - {label(package), "tests"})
 
 
 def dependency_problems(tree):

@@ -119,7 +119,7 @@ def test_one_line_says_what_is_used_instead_of_flock(kind, number, tmp_path, mon
 def test_an_object_store_has_no_locks_and_a_line_says_so(caplog):
   with caplog.at_level("INFO", logger="absl"), locks.exclusive("gs://bucket/run/.lock"):
     pass
-  assert "gs://bucket/run/.lock: there are no locks" in caplog.text
+  assert "gs://bucket/run/.lock: this file system has no locks" in caplog.text
 
 
 def test_another_failure_of_the_lock_is_an_error(tmp_path, monkeypatch):

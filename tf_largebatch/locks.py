@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 from absl import logging
 
+from tf_largebatch import threads
 from tf_largebatch.errors import LOST_TASK, summary
 from tf_largebatch.signals import end_process, print_line
 
@@ -42,8 +43,8 @@ class HeldError(Exception):
 def exclusive(path: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
   """Holds the lock of the file at `path` inside the context.
 
-  The file is created if it is missing, names its last holder, and stays. `gs://` and similar file
-  systems have no locks; there one log line says so.
+  The file is created if it is missing, names its last holder, and stays. On `gs://` and similar
+  file systems, which have no locks, only logs that.
 
   Args:
     path: the lock file.
@@ -54,7 +55,7 @@ def exclusive(path: str, on_wait: Callable[[], None] | None = None) -> Iterator[
     OSError: the file cannot be opened, or not locked in any way.
   """
   if "://" in path:
-    logging.info("%s: there are no locks; use the directory from one process.", path)
+    logging.info("%s: this file system has no locks; use the directory from one process.", path)
     yield
     return
   wait = _Wait(on_wait)
@@ -153,14 +154,10 @@ class _Lease:
     """Holds the lease inside the context; `descriptor` is the lock file that names the holder."""
     while not self._create():
       self._remove_if_stale(descriptor, wait)
-    ended = threading.Event()
-    thread = threading.Thread(target=self._keep, args=(ended,), daemon=True)
-    thread.start()
     try:
-      yield
+      with threads.running(self._keep):
+        yield
     finally:
-      ended.set()
-      thread.join()
       with contextlib.suppress(OSError):
         if self._is_own():
           os.unlink(self._path)
@@ -180,7 +177,7 @@ class _Lease:
     return True
 
   def _read(self) -> bytes | None:
-    """Returns the file's contents, None if there is no file."""
+    """Returns the file's contents, or None if it does not exist."""
     try:
       # Opened again each time: NFS then asks the server.
       with open(self._path, "rb") as file:
@@ -195,7 +192,7 @@ class _Lease:
     """Returns once the file is gone: released by its owner, or unchanged for too long.
 
     Raises:
-      HeldError: it changed, so its owner lives, and there is no waiting.
+      HeldError: it changed, so its owner is running, and the caller does not wait.
     """
     seen, since = self._read(), time.monotonic()
     logging.info(

@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from tf_largebatch import threads
+
 # Slurm sends two SIGTERMs for one preemption, 0.1 s apart; a lost terminal and its shell send two
 # SIGHUPs.
 _SENT_TWICE = (signal.SIGTERM, signal.SIGHUP)
@@ -68,15 +70,12 @@ class StopRequest:
     and would receive the signals. Outside `deferring_signals` a signal ends the process at once,
     which loses nothing.
     """
-    ended, signals = threading.Event(), stop_signals()
+    signals = stop_signals()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    thread = threading.Thread(target=self._take_signals, args=(signals, ended), daemon=True)
-    thread.start()
     try:
-      yield self
+      with threads.running(self._take_signals, signals):
+        yield self
     finally:
-      ended.set()
-      thread.join()
       signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
   @contextlib.contextmanager

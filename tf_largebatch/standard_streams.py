@@ -1,7 +1,9 @@
-"""Standard input, output and error: opened if they are closed, and without TensorFlow's noise."""
+"""Standard input, output and error: opened if they are closed, and without libraries' noise."""
 
 import contextlib
+import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -56,3 +58,13 @@ def without_lines(pattern: str):
     os.close(before)
     with contextlib.suppress(subprocess.TimeoutExpired):
       filtering.wait(5.0)  # A process that was started inside may still hold its input open.
+
+
+def drop_library_logs(handler: logging.Handler) -> None:
+  """Makes a handler drop what TensorFlow and TensorFlow Datasets log below the level WARNING."""
+  handler.addFilter(
+    lambda record: (
+      record.levelno >= logging.WARNING
+      or not re.search(r"/tensorflow(_datasets)?/", record.pathname)
+    )
+  )

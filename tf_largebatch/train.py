@@ -8,9 +8,7 @@ command runs on each with its own `TF_CONFIG`.
 
 import contextlib
 import json
-import logging as stdlib_logging
 import os
-import re
 import shlex
 import sys
 import tempfile
@@ -26,8 +24,8 @@ from tf_largebatch.signals import StopRequest, end_process, print_line
 
 command_line.define_flags()
 
-# What TensorFlow logs at each start and nobody needs: its INFO lines with the text after them, and
-# that there is no GPU.
+# Lines that TensorFlow logs at each start and that help nobody: INFO and, on a machine without a
+# GPU, the failed search for one.
 _NOISE = (
   r"^I0000 00:00:|^WARNING: All log messages before absl::InitializeLog|"
   r"^To enable the following instructions:"
@@ -53,7 +51,7 @@ def set_environment(recipe: Recipe):
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 
-def make_up_for_surroundings():
+def adapt_to_surroundings():
   """Adapts this process where TensorFlow would fail or leave something behind.
 
   Raises:
@@ -90,7 +88,7 @@ def _train(argv: list[str], stop: StopRequest) -> int:
     raise UserError(f"Unexpected argument {argv[1]!r}; every option is a flag, --name=value.")
   recipe, options = command_line.recipe_from_flags(), command_line.options_from_flags()
   cluster = read_cluster()
-  make_up_for_surroundings()
+  adapt_to_surroundings()
   if not options.work_dir:
     raise UserError("No --work_dir was given; name a directory for what the run leaves.")
   if not (cluster.is_chief or flags.FLAGS["verbosity"].present):
@@ -131,18 +129,12 @@ def _parse_or_exit(argv: list[str]) -> list[str]:
     sys.exit(error.status)
 
 
-def _is_ours_or_a_warning(record: stdlib_logging.LogRecord) -> bool:
-  """Drops what TensorFlow and TensorFlow Datasets log of their inner workings."""
-  is_theirs = re.search(r"/tensorflow(_datasets)?/", record.pathname)
-  return record.levelno >= stdlib_logging.WARNING or not is_theirs
-
-
 def run():
   """Runs the installed command."""
   standard_streams.open_closed_streams()
   logging.get_absl_handler().python_handler.setStream(sys.stderr)  # It was None if closed.
   logging.set_verbosity(logging.INFO)
-  logging.get_absl_handler().addFilter(_is_ours_or_a_warning)
+  standard_streams.drop_library_logs(logging.get_absl_handler())
   app.run(main, flags_parser=_parse_or_exit)
 
 

@@ -17,7 +17,6 @@ The trainer itself prepares what TFDS can download. Use this program to prepare 
 instance on the one machine of a cluster that reaches the internet, or in another file format.
 """
 
-import logging as stdlib_logging
 import os
 import pathlib
 import signal
@@ -26,6 +25,7 @@ import sys
 import tensorflow_datasets as tfds
 from absl import flags, logging
 
+from tf_largebatch import standard_streams
 from tf_largebatch.data import preparation
 from tf_largebatch.errors import UserError
 from tf_largebatch.options import expand_home
@@ -84,12 +84,7 @@ def _end_on_signals() -> None:
 
 def main(datasets: list[str]) -> None:
   logging.set_verbosity(logging.INFO)
-  # TFDS logs every file that it opens.
-  logging.get_absl_handler().addFilter(
-    lambda record: (
-      record.levelno >= stdlib_logging.WARNING or "tensorflow_datasets" not in record.pathname
-    )
-  )
+  standard_streams.drop_library_logs(logging.get_absl_handler())
   values = flags.FLAGS
   data_dir = expand_home(values.data_dir)
   if not datasets:

@@ -39,19 +39,15 @@ def call(
 ) -> int:
   """The exit status of `main`, called as `run` does."""
   uses_keras = "keras" in sys.modules
-  with foreign_settings.keras_defaults() if uses_keras else contextlib.nullcontext():
-    return _call(main, arguments, takes_arguments)
-
-
-def _call(main: Callable[..., int | None], arguments: list[str], takes_arguments: bool) -> int:
   try:
-    if takes_arguments:
-      return int(main(arguments) or 0)
-    if arguments:
-      raise UserError(
-        f"Unexpected argument {arguments[0]!r}; every option is a flag, --name=value."
-      )
-    return int(main() or 0)
+    with foreign_settings.keras_defaults() if uses_keras else contextlib.nullcontext():
+      if takes_arguments:
+        return int(main(arguments) or 0)
+      if arguments:
+        raise UserError(
+          f"Unexpected argument {arguments[0]!r}; every option is a flag, --name=value."
+        )
+      return int(main() or 0)
   except UserError as error:
     print_line(f"error: {error}")
     return error.status

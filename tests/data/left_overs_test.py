@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from tests.data import preparation_test
 from tests.launching import ROOT
 from tf_largebatch.data import left_overs, preparation
 
@@ -26,17 +27,8 @@ with StopRequest().watch_signals():
 """
 
 
-class EndlessShapes(tfds.core.GeneratorBasedBuilder):
+class EndlessShapes(preparation_test.TinyShapes):
   """A data set whose preparation writes megabytes until it is interrupted."""
-
-  VERSION = tfds.core.Version("1.0.0")
-
-  def _info(self):
-    features = {"image": tfds.features.Image(shape=(2, 2, 3)), "label": np.int64}
-    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-  def _split_generators(self, dl_manager):
-    return {"train": self._generate_examples()}
 
   def _generate_examples(self):
     yield 0, {"image": np.zeros((2, 2, 3), np.uint8), "label": 0}

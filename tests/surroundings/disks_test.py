@@ -151,4 +151,4 @@ def test_no_directory_for_temporary_files_is_named_before_tensorflow_needs_one(m
 
   monkeypatch.setattr(tempfile, "gettempdir", fail)
   with pytest.raises(UserError, match=r"found in \['/tmp'\]\); set TMPDIR to "):
-    train_program.make_up_for_surroundings()
+    train_program.adapt_to_surroundings()

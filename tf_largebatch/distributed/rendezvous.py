@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+from tf_largebatch import threads
 from tf_largebatch.distributed.cluster import Cluster
 from tf_largebatch.errors import LOST_TASK, InterruptedRunError, UserError, summary
 
@@ -50,7 +51,7 @@ def wait_for_all(cluster: Cluster, timeout_minutes: float) -> None:
   """
   missing = set(cluster.tasks) - {cluster.tasks[cluster.task_index]}
   began = time.monotonic()
-  last_answers = dict.fromkeys(missing, began)  # When each last did not answer as a stranger.
+  last_without_stranger = dict.fromkeys(missing, began)  # Time by task.
   with listening(cluster):
     while True:
       now = time.monotonic()
@@ -61,8 +62,8 @@ def wait_for_all(cluster: Cluster, timeout_minutes: float) -> None:
         return
       for task, reason in reasons.items():
         if not isinstance(reason, _Stranger):
-          last_answers[task] = now
-        elif now - last_answers[task] >= min(_STRANGER_SECONDS, 60 * timeout_minutes):
+          last_without_stranger[task] = now
+        elif now - last_without_stranger[task] >= min(_STRANGER_SECONDS, 60 * timeout_minutes):
           raise UserError(
             f"{reason} answers instead of {_name(cluster, task)}; end it or give the task another "
             "address in TF_CONFIG, the same on all tasks"
@@ -149,15 +150,8 @@ def listening(cluster: Cluster) -> Iterator[None]:
       " process that uses the port or give the task another one in TF_CONFIG"
     ) from error
   greeting = _greeting(cluster.task_index, cluster.num_tasks)
-  ended = threading.Event()
-  thread = threading.Thread(target=_greet, args=(listener, greeting, ended), daemon=True)
-  with listener:
-    thread.start()
-    try:
-      yield
-    finally:
-      ended.set()
-      thread.join()
+  with listener, threads.running(_greet, listener, greeting):
+    yield
 
 
 def _listen(port: int) -> socket.socket:

@@ -11,7 +11,7 @@ from tf_largebatch.recipe import Recipe
 from tf_largebatch.training import work_directory
 from tf_largebatch.training.agreement import require_same_files
 
-_SMALL = 64  # Pixels: up to this side, square images are trained at their own size.
+SMALL = 64  # Pixels: up to this side, square images are trained at their own size.
 # Options that must be equal on all tasks: they decide what a task sends, or when it reports.
 _SHARED = (
   *("evaluation_batch_size", "log_every_steps", "bad_examples"),
@@ -69,7 +69,7 @@ def resolve(recipe: Recipe, replicas: int, data_dir: str) -> Recipe:
     )
   known = sources.defaults(recipe.dataset, data_dir, recipe.validation_split)
   shape = known.image_shape
-  small = shape is not None and shape[0] == shape[1] <= _SMALL
+  small = shape is not None and shape[0] == shape[1] <= SMALL
   if recipe.image_size is None:
     chosen["image_size"] = shape[0] if small else 224
   if recipe.augmentation is None:

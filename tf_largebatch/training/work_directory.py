@@ -67,7 +67,7 @@ def stored_fingerprints(work_dir: str, data: dict) -> dict | None:
     data: see `sources.identify`.
 
   Returns:
-    Split → fingerprint; None if there is no run, or one of a version that did not store them.
+    Split → fingerprint; None without a run, or if an older version wrote it, which stored none.
   """
   path = os.path.join(work_dir, "recipe.json")
   return _read_recipe(path, data)[1].get("fingerprints") if _exists(path) else None

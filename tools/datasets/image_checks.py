@@ -4,7 +4,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 
 import tensorflow as tf
@@ -12,6 +11,7 @@ import tqdm
 from absl import logging
 
 from tf_largebatch.errors import UserError, summary
+from tf_largebatch.machine import usable_cores
 from tools.datasets.image_files import ImageFile, ImageSet, listing, sort_classes
 
 # First bytes of the formats that TensorFlow decodes, and of others: (offset, bytes, name).
@@ -91,7 +91,7 @@ def _in_order(
   function: Callable[[ImageFile], _Facts], items: Iterable[ImageFile]
 ) -> Iterator[_Facts]:
   """Yields the results in order, computed on all cores and not far ahead."""
-  workers = os.cpu_count() or 1
+  workers = usable_cores()
   pending = collections.deque()
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     for item in items:

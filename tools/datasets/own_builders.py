@@ -23,7 +23,7 @@ def _import_path(argument: str) -> str:
     argument: a script, or a folder `x` with a script `x_dataset_builder.py` or `x.py`.
 
   Raises:
-    UserError: there is no such script, or it does not define one builder.
+    UserError: the script does not exist, or it does not define one builder.
   """
   path = pathlib.Path(os.path.abspath(os.path.expanduser(argument)))
   scripts = [path]

@@ -9,14 +9,12 @@ import tensorflow_datasets as tfds
 from tf_largebatch.data import preparation
 from tf_largebatch.data.sources import GENERATED
 from tf_largebatch.errors import UserError
+from tf_largebatch.training.resolution import SMALL
 from tools.datasets import image_checks
 from tools.datasets.image_files import ImageSet
 
 _VERSION = "1.0.0"
 _FINGERPRINT = "fingerprint"  # In TFDS's metadata.
-# Square images up to this side are stored with their size: the trainer then pads and crops them, as
-# it does with CIFAR, by default.
-_SMALL = 64
 _RESERVED = {"downloads", *GENERATED}
 
 
@@ -79,7 +77,9 @@ def _make_builder_class(
   dataset: str, checked: image_checks.CheckedImages, fingerprint: str
 ) -> type[tfds.core.DatasetBuilder]:
   images, shape = checked.images, checked.shape
-  if shape is None or shape[0] != shape[1] or shape[0] > _SMALL:
+  # Small square images are stored with their size, so that the trainer pads and crops them, as it
+  # does with CIFAR, by default.
+  if shape is None or shape[0] != shape[1] or shape[0] > SMALL:
     shape = (None, None, 3)
 
   class ImageFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -2,21 +2,22 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import pathlib
 import random
 import shutil
 
 import tqdm
 
+from tf_largebatch import locks
 from tf_largebatch.errors import UserError
 from tools.resilience import harness, namespaces
 from tools.resilience.faults import MAX_RESTARTS, Fault, harm, kinds_for
 from tools.resilience.harness import LaunchedRun
 from tools.resilience.namespaces import SmallDisk
+from tools.studies.output import write_all
 
+_LOCK = ".lock"
 _SPARE_BYTES = 16 << 20
 
 
@@ -63,14 +64,11 @@ def locked(directory: pathlib.Path):
   Raises:
     UserError: another one uses it.
   """
-  lock = os.open(directory, os.O_RDONLY)
   try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    yield
-  except BlockingIOError as error:
-    raise UserError(f"--directory={directory} is in use by another process") from error
-  finally:
-    os.close(lock)
+    with locks.exclusive(str(directory / _LOCK)):
+      yield
+  except locks.HeldError as error:
+    raise UserError(f"--directory={directory} is in use by another process ({error})") from error
 
 
 class Campaign:
@@ -95,7 +93,7 @@ class Campaign:
     stored = {"settings": dataclasses.asdict(settings), "undisturbed": {}, "runs": []}
     if self._path.exists():
       stored = self._read(stored["settings"])
-    elif any(directory.iterdir()):
+    elif {path.name for path in directory.iterdir()} - {_LOCK}:
       raise UserError(f"--directory={directory} holds other files; name a new directory")
     self._stored = stored
     self.runs: list[dict] = stored["runs"]
@@ -199,9 +197,8 @@ class Campaign:
     return stored
 
   def _save(self):
-    partial = self._path.with_suffix(".partial")
-    partial.write_text(json.dumps(self._stored, indent=1))
-    os.replace(partial, self._path)
+    content = json.dumps(self._stored, indent=1).encode()
+    write_all(f"--directory={self._directory}", {str(self._path): content})
 
 
 def _disk_of(run: LaunchedRun, kinds: list[str], capacity: int):

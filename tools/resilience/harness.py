@@ -15,11 +15,10 @@ import psutil
 import tqdm
 
 from tf_largebatch.errors import UserError
-from tf_largebatch.signals import next_signal
+from tf_largebatch.signals import next_signal, stop_signals
 from tools import launch_local
 
 _ROOT = pathlib.Path(__file__).parents[2]
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL_SECONDS = 0.05
 _LIMIT_SECONDS = 1800.0  # Only a hang takes so long, even on a busy machine.
 _UNDISTURBED_LIMIT_SECONDS = 3600.0
@@ -30,14 +29,14 @@ _RESTART = re.compile(r"^Restart \d+ of", flags=re.MULTILINE)
 
 
 def prepare():
-  """Blocks SIGINT and SIGTERM: only `pause` receives them, so they never interrupt a clean-up."""
-  signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+  """Blocks `stop_signals()`: only `pause` receives them, so they never interrupt a clean-up."""
+  signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
   tqdm.tqdm.monitor_interval = 0  # `launch_local.start_process` does not allow a thread.
 
 
 def pause(seconds: float = _POLL_SECONDS):
-  """Sleeps; exits the program if SIGINT or SIGTERM arrives."""
-  number = next_signal(_STOP_SIGNALS, seconds)
+  """Sleeps; exits the program if one of `stop_signals()` arrives."""
+  number = next_signal(stop_signals(), seconds)
   if number:
     sys.exit(128 + number)
 

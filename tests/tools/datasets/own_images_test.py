@@ -19,6 +19,7 @@ from tf_largebatch.errors import UserError
 from tools.datasets import image_files, own_images
 
 CLASSES = ("daisy", "rose", "tulip")
+_FLOWERS = dataclasses.replace(RECIPE, dataset="my_flowers", augmentation=None, decay_epochs=())
 
 
 def image_bytes(number, size=(9, 7), form="PNG", mode="RGB"):
@@ -101,16 +102,13 @@ def test_a_folder_with_splits_trains_without_further_code(file_format, tmp_path)
   check_examples(data_dir, "train", folder / "train", 24 + len(others))
   check_examples(data_dir, "validation", folder / "val", 12)
   recipe = dataclasses.replace(
-    RECIPE,
-    dataset="my_flowers",
+    _FLOWERS,
     train_split="train",
     validation_split=None,
-    augmentation=None,
     image_size=16,
     per_worker_batch_size=8,
     epochs=2,
     warmup_epochs=1,
-    decay_epochs=(),
   )
   result = train(tmp_path / "run", recipe, data_dir=str(data_dir))
   assert (result["status"], result["steps"]) == ("complete", 4)
@@ -134,15 +132,12 @@ def test_a_csv_of_small_images_without_validation_trains_on_slices(tmp_path, cap
     path = root / "files" / f"{number}.png"
     np.testing.assert_array_equal(example["image"], np.asarray(Image.open(path)))
   recipe = dataclasses.replace(
-    RECIPE,
-    dataset="my_flowers",
+    _FLOWERS,
     train_split="train[:70%]",
     validation_split="train[70%:]",
     image_size=None,
-    augmentation=None,
     epochs=1,
     warmup_epochs=0,
-    decay_epochs=(),
   )
   with caplog.at_level("INFO", logger="absl"):
     result = train(tmp_path / "run", recipe, data_dir=str(data_dir))
