@@ -54,7 +54,8 @@ WARMUPS = {
 
 def assert_rates(schedule, expected):
   """Compares in float64 precision; a rounding to float32 on the way would be an error of 1e-8."""
-  actual = [float(schedule(step)) for step in expected]
+  exact = getattr(schedule, "exact", schedule)
+  actual = [float(exact(step)) for step in expected]
   np.testing.assert_allclose(actual, list(expected.values()), rtol=1e-13)
 
 
@@ -121,7 +122,7 @@ def test_other_epochs(epochs, expected):
 def test_large_int64_steps_in_a_graph():
   """Steps above 2^24, where float32 merges neighbours, and above 2^31, where int32 overflows."""
   schedule = LinearScalingSchedule(20_000_001, 8192, warmup_epochs=1, decay_epochs=(200,))
-  graph = tf.function(schedule, input_signature=[tf.TensorSpec([], tf.int64)])
+  graph = tf.function(schedule.exact, input_signature=[tf.TensorSpec([], tf.int64)])
   expected = {20_000_000: 3.2 - 3.1 / 20_000_001, 20_000_001: 3.2, 4_000_000_199: 3.2}
   assert_rates(lambda step: graph(tf.constant(step, tf.int64)), expected | {4_000_000_200: 0.32})
 
@@ -163,6 +164,34 @@ def test_keras_sgd_uses_these_rates_through_fit_save_and_load(tmp_path):
   loaded = keras.models.load_model(tmp_path / "model.keras")
   loaded.fit(np.ones((5, 1)), np.full((5, 1), -100.0), batch_size=1, verbose=0)
   np.testing.assert_allclose(loaded.get_weights()[0], [[-0.99]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("floatx", ["float32", "float64"])
+def test_called_it_returns_floatx(floatx):
+  keras.config.set_floatx(floatx)
+  try:
+    rate = LinearScalingSchedule(156, 8192)(1)
+  finally:
+    keras.config.set_floatx("float32")
+  assert rate.dtype == floatx
+  np.testing.assert_allclose(rate, 0.1 + 3.1 / 780, rtol=1e-15 if floatx == "float64" else 6e-8)
+
+
+# Those that compute with the rate as it is (Muon) and those that cast it to each variable's dtype.
+@pytest.mark.parametrize("optimizer", ["Muon", "Adam", "AdamW", "RMSprop", "Lion", "SGD"])
+def test_optimizers_of_keras_take_it_as_its_own_schedules(optimizer):
+  """Steps 0 to 2 have the rates 0.001, 0.001 and 0.0001 in both."""
+  ours = LinearScalingSchedule(2, 256, reference_learning_rate=1e-3, decay_epochs=(1,))
+  theirs = keras.optimizers.schedules.PiecewiseConstantDecay([1], [1e-3, 1e-4])
+  weights = []
+  for schedule in (ours, theirs):
+    variable = keras.Variable(np.arange(12.0).reshape(3, 4), name="kernel", dtype="float32")
+    made = getattr(keras.optimizers, optimizer)(schedule)
+    for _ in range(3):
+      made.apply([tf.ones((3, 4))], [variable])
+    weights.append(variable.numpy())
+  np.testing.assert_allclose(*weights, rtol=1e-6)
+  assert np.all(weights[0] < np.arange(12.0).reshape(3, 4))
 
 
 def test_every_warmup_of_the_recipe_has_a_rate():

@@ -101,6 +101,21 @@ def test_equals_equation_9_with_correction(floatx, nesterov):
   assert relative(actual, expected) < (1e-12 if floatx == "float64" else 2e-6)
 
 
+def test_the_rate_is_rounded_once():
+  """Whatever floatx is: through float32, 0.1 would become 0.10000000149."""
+  weight = keras.Variable(0.0, dtype="float64")
+  MomentumCorrectedSGD(LinearScalingSchedule(1, 256), nesterov=False).apply(
+    [tf.constant(1.0, tf.float64)], [weight]
+  )
+  assert float(weight) == -0.1
+
+
+def test_another_schedule_may_be_assigned():
+  optimizer = MomentumCorrectedSGD(LinearScalingSchedule(1, 256))
+  optimizer.learning_rate = keras.optimizers.schedules.CosineDecay(0.25, 10)
+  assert float(optimizer.learning_rate) == 0.25
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_equals_equation_10_and_not_9_without_correction(floatx, nesterov):
   weights, gradients = problem()

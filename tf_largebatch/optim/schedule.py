@@ -67,8 +67,8 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
     decay_factor: f.
     name: name of the schedule's operations.
 
-  Call: maps a step (integer scalar) to η_t (float64 scalar), so that the first rounding is the
-    optimizer's cast to the dtype of its variables.
+  Call: maps a step (integer scalar) to η_t (scalar in Keras' `floatx`, as every optimizer of Keras
+    takes it). `exact` returns η_t in float64.
 
   Raises:
     UserError (a ValueError): scaling or warmup is unknown, a count is below 1, or a rate, epoch or
@@ -128,6 +128,10 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
     self.decay_steps = tuple(round(epoch * steps_per_epoch) for epoch in self.decay_epochs)
 
   def __call__(self, step):
+    return tf.cast(self.exact(step), keras.config.floatx())
+
+  def exact(self, step) -> tf.Tensor:
+    """η_t of a step (integer scalar) in float64, to be rounded once, where it is used."""
     step = tf.cast(step, tf.float64)
     reference = tf.constant(self.reference_learning_rate, tf.float64)
     peak = tf.constant(self.peak_learning_rate, tf.float64)

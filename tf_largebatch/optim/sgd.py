@@ -3,6 +3,8 @@
 import keras
 import tensorflow as tf
 
+from tf_largebatch.optim.schedule import LinearScalingSchedule
+
 # Arguments of Keras' optimizers that are passed on to the base class.
 _KERAS_ARGUMENTS = (
   *("clipnorm", "clipvalue", "global_clipnorm"),
@@ -100,6 +102,17 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     self.momentum_correction = momentum_correction
     self.coupled_weight_decay = weight_decay
     self.jit_compile = jit_compile
+
+  @property
+  def learning_rate(self):
+    """η_{t+1}, the rate of the next step; float64 if a `LinearScalingSchedule` computes it."""
+    if isinstance(self._learning_rate, LinearScalingSchedule):
+      return self._learning_rate.exact(self.iterations)
+    return super().learning_rate
+
+  @learning_rate.setter
+  def learning_rate(self, learning_rate):
+    keras.optimizers.Optimizer.learning_rate.fset(self, learning_rate)
 
   def build(self, variables):
     if self.built:
