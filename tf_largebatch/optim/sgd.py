@@ -3,8 +3,6 @@
 import keras
 import tensorflow as tf
 
-from tf_largebatch.optim.schedule import LinearScalingSchedule
-
 # Arguments of Keras' optimizers that are passed on to the base class.
 _KERAS_ARGUMENTS = (
   *("clipnorm", "clipvalue", "global_clipnorm"),
@@ -105,10 +103,9 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
 
   @property
   def learning_rate(self):
-    """η_{t+1}, the rate of the next step; float64 if a `LinearScalingSchedule` computes it."""
-    if isinstance(self._learning_rate, LinearScalingSchedule):
-      return self._learning_rate.exact(self.iterations)
-    return super().learning_rate
+    """η_{t+1}, the rate of the next step; in float64 if the schedule has a method `exact`."""
+    exact = getattr(self._learning_rate, "exact", None)
+    return super().learning_rate if exact is None else exact(self.iterations)
 
   @learning_rate.setter
   def learning_rate(self, learning_rate):
