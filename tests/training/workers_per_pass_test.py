@@ -23,7 +23,7 @@ def test_on_a_gpu_g_doubles_while_that_is_faster(monkeypatch, seconds, workers, 
 
   def make(model, recipe, options):
     tried.append(options.workers_per_pass)
-    return lambda *_: (None, None, 0.0, 0.0)
+    return lambda *_: (None, None, None, [0.0, 0.0])
 
   def measured(_):
     if seconds[tried[-1]] is None:
@@ -31,7 +31,7 @@ def test_on_a_gpu_g_doubles_while_that_is_faster(monkeypatch, seconds, workers, 
     return seconds[tried[-1]]
 
   monkeypatch.setattr(passes.tf.config, "get_visible_devices", lambda kind: [kind])
-  monkeypatch.setattr(passes, "make_replica_sums", make)
+  monkeypatch.setattr(passes, "make_paper_sums", make)
   monkeypatch.setattr(passes, "_seconds", measured)
   arguments = (make_model(5, "float32"), make_recipe(workers), RunOptions(), workers)
   assert passes.choose_workers_per_pass(*arguments) == expected

@@ -1,25 +1,15 @@
-"""One training step of k workers on any number of replicas, and its counterpart in evaluation.
+"""The paper's training step, a case of `passes`, and its counterpart in evaluation."""
 
-A worker's pass is a pure function of the weights and its n images. A replica loops over the workers
-it carries, one or several per pass, and adds up what they return; one all-reduce adds up the
-replicas; then every replica makes the same update. Where a worker runs changes nothing but the
-order in which floats are summed.
-"""
-
-import functools
 from collections.abc import Callable
 
 import keras
 import tensorflow as tf
 
-from tf_largebatch.machine import usable_cores
 from tf_largebatch.optim.loss_scale import LossScale
 from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
-
-# Passes that a replica runs at once: two keep a CPU's cores busy where each op is small, and hold
-# the activations of two. On a single core they would only compete for the caches.
-PASSES_AT_ONCE = min(2, usable_cores())
+from tf_largebatch.training import passes
+from tf_largebatch.training.passes import PASSES_AT_ONCE, Variables
 
 
 def uses_xla(options: RunOptions) -> bool:
@@ -30,64 +20,36 @@ def uses_xla(options: RunOptions) -> bool:
   return options.jit_compile
 
 
-def make_replica_sums(model: keras.Model, recipe: Recipe, options: RunOptions) -> Callable:
-  """Builds the pure function that computes what the workers of one replica add to the step.
+def make_paper_sums(model: keras.Model, recipe: Recipe, options: RunOptions) -> Callable:
+  """Builds `passes.make_replica_sums` of the recipe's loss.
 
   Returns:
     A function of
-      weights, statistics: values of the model's trainable and other variables;
-      images: uint8 `[workers on this replica, n, H, W, C]`;
-      labels: int32 `[workers on this replica, n]`;
-      loss_scale: multiplies the loss of a worker's mean image before backprop and divides its
-        gradient afterwards; None: no scaling.
-    It returns (gradients, moving statistics, loss, error): the workers' sums, each already divided
-    by the kn images (loss, gradients, error: the paper's remark 3) or the k workers (statistics) of
-    the whole step, so that the sum over the replicas is complete.
+      values: of `Variables.of(model)`;
+      first_worker: index of the replica's first worker;
+      batch: uint8 images `[workers on this replica, n, H, W, C]`, and int32 labels `[workers on
+        this replica, n]`;
+      loss_scale: multiplies the loss before backprop; None: no scaling.
+    It returns (gradients, moving statistics, counters, [loss, error]): the workers' sums, each
+    already divided by the kn images (loss, gradients, error: the paper's remark 3) or the k workers
+    (statistics) of the whole step, so that the sum over the replicas is complete.
   """
-  images_in_step, workers = recipe.global_batch_size, recipe.workers
-  workers_per_pass = options.workers_per_pass or 1
+  images_in_step = recipe.global_batch_size
+  variables = Variables.of(model)
 
-  def one_pass(weights, statistics, images, labels, loss_scale):
-    with tf.GradientTape() as tape:
-      tape.watch(weights)
-      # Each worker starts from the same statistics. The mean of their updates is the update of
-      # their mean, because the recurrence is linear.
-      logits, updates = model.stateless_call(weights, statistics, images, training=True)
-      loss = _loss_sum(recipe, labels, logits) / images_in_step
-      # A worker's share of the step's mean over kn images is 1/k, which could underflow in float16.
-      target = loss if loss_scale is None else loss * (loss_scale * workers)
-    gradients = tape.gradient(target, weights)
-    if loss_scale is not None:
-      gradients = [gradient / (loss_scale * workers) for gradient in gradients]
+  def forward(values, worker, batch):
+    images, labels = batch
+    logits, statistics, counters, _ = passes.call(
+      variables, values, worker, lambda: model(images, training=True)
+    )
+    loss = _loss_sum(recipe, labels, logits) / images_in_step
     error = _error_count(labels, logits) / images_in_step
-    share = workers_per_pass / workers
-    return gradients, [update * share for update in updates], loss, error
+    return loss, statistics, counters, [loss, error]
 
-  def replica_sums(weights, statistics, images, labels, loss_scale=None):
-    # [workers, n, …] → [passes, g·n, …]; within a pass, batch normalisation keeps the n apart.
-    images, labels = (
-      tf.reshape(x, [-1, workers_per_pass * x.shape[1], *x.shape[2:]]) for x in (images, labels)
-    )
-    run = functools.partial(one_pass, weights, statistics)
-    if images.shape[0] == 1:  # No loop between backprop and the all-reduce.
-      return run(images[0], labels[0], loss_scale)
-
-    def add_pass(index, sums):
-      addends = run(images[index], labels[index], loss_scale)
-      return index + 1, tf.nest.map_structure(tf.add, sums, addends)
-
-    zero = tf.zeros([], weights[0].dtype)
-    zeros = ([tf.zeros_like(w) for w in weights], [tf.zeros_like(s) for s in statistics])
-    count = images.shape[0]
-    _, sums = tf.while_loop(
-      lambda index, _: index < count,
-      add_pass,
-      (0, (*zeros, zero, zero)),
-      parallel_iterations=PASSES_AT_ONCE,
-    )
-    return sums
-
-  return tf.function(replica_sums, jit_compile=True) if uses_xla(options) else replica_sums
+  scalar = tf.TensorSpec([], model.trainable_variables[0].dtype)
+  return passes.make_replica_sums(
+    forward, recipe.workers, [scalar, scalar], options.workers_per_pass or 1, uses_xla(options)
+  )
 
 
 def _loss_sum(recipe: Recipe, labels, logits):
@@ -129,18 +91,19 @@ def make_train_step(
     the sum of the replicas' numbers, from which all tasks learn in one step that one was asked;
     with a loss scale also loss_scale and skipped_steps.
   """
-  replica_sums = make_replica_sums(model, recipe, options)
-  update = _make_update(model, optimizer, loss_scale)
+  variables, replica_sums = Variables.of(model), make_paper_sums(model, recipe, options)
+  update = _make_update(variables, optimizer, loss_scale)
+  workers_on_replica = recipe.workers // strategy.num_replicas_in_sync
 
   def replica_step(images, labels, stop):
     replica = tf.distribute.get_replica_context()
-    weights = tensors(model.trainable_variables)
-    statistics = tensors(model.non_trainable_variables)
+    values = variables.values()
     scale = None if loss_scale is None else tf.convert_to_tensor(loss_scale.scale.value)
-    gradients, *rest = replica_sums(weights, statistics, images, labels, scale)
-    rest.append(_on_this_device(stop, rest[-1].dtype))
-    gradients, totals = _all_reduce(replica, gradients, tf.nest.flatten(rest), options)
-    statistics, loss, error, stop = tf.nest.pack_sequence_as(rest, totals)
+    first = replica.replica_id_in_sync_group * workers_on_replica
+    gradients, statistics, counters, sums = replica_sums(values, first, (images, labels), scale)
+    stop = _on_this_device(stop, sums[0].dtype)
+    gradients, totals = passes.total(gradients, (statistics, *sums, stop), options)
+    statistics, loss, error, stop = totals
     gradient_norm = tf.linalg.global_norm(gradients)
     scalars = {
       "loss": loss,
@@ -148,13 +111,13 @@ def make_train_step(
       "learning_rate": tf.cast(optimizer.learning_rate, loss.dtype),
       "momentum_correction_factor": optimizer.momentum_correction_factor(),
       "gradient_norm": gradient_norm,
-      "weight_norm": tf.linalg.global_norm(weights),
+      "weight_norm": tf.linalg.global_norm(values.weights),
       "stop": stop,
     }
     if loss_scale is not None:
       scalars["loss_scale"] = scale
       scalars["skipped_steps"] = tf.convert_to_tensor(loss_scale.skipped_steps.value)
-    replica.merge_call(update, args=(gradients, statistics, gradient_norm))
+    replica.merge_call(update, args=(gradients, statistics, counters, gradient_norm))
     return scalars
 
   @tf.function
@@ -165,47 +128,20 @@ def make_train_step(
   return train_step
 
 
-def tensors(variables: list[keras.Variable]) -> list[tf.Tensor]:
-  """The variables' values."""
-  return [tf.convert_to_tensor(variable.value) for variable in variables]
-
-
 def _on_this_device(value, dtype):
   """A copy on this replica's device, where the all-reduce expects its addends."""
   return tf.identity(tf.cast(value, dtype))
 
 
-def _all_reduce(replica, gradients, rest: list, options: RunOptions):
-  """Sums everything over the replicas in one reduction (two if the dtypes differ).
-
-  A pack of gradients is sent as soon as the last pass' backprop has completed it. If XLA compiles
-  the passes, all results come at once.
-  """
-  communication = tf.distribute.experimental.CommunicationOptions(
-    bytes_per_pack=options.bytes_per_pack
-  )
-
-  def total(addends):
-    return replica.all_reduce(tf.distribute.ReduceOp.SUM, addends, communication)
-
-  if options.allreduce_dtype == "bfloat16":
-    totals = total([tf.cast(gradient, tf.bfloat16) for gradient in gradients])
-    return [tf.cast(t, g.dtype) for t, g in zip(totals, gradients, strict=True)], total(rest)
-  # The gradients stand last, in the order of the layers, because packs are sent from the end.
-  totals = total([*rest, *gradients])
-  return totals[len(rest) :], totals[: len(rest)]
-
-
-def _make_update(model: keras.Model, optimizer, loss_scale: LossScale | None) -> Callable:
+def _make_update(variables: Variables, optimizer, loss_scale: LossScale | None) -> Callable:
   """Builds the update of all variables from sums that are equal on every replica."""
 
-  def update(strategy, gradients, statistics, gradient_norm):
-    for variable, statistic in zip(model.non_trainable_variables, statistics, strict=True):
-      strategy.extended.update(variable.value, lambda v, new: v.assign(new), args=(statistic,))
+  def update(strategy, gradients, statistics, counters, gradient_norm):
+    variables.assign(strategy, statistics, counters)
 
     def apply():
       # In cross-replica context the optimizer does not reduce the gradients a second time.
-      optimizer.apply(gradients, model.trainable_variables)
+      optimizer.apply(gradients, variables.weights)
 
     def skip():
       optimizer.iterations.assign_add(1)  # The schedule counts the examples that were seen.

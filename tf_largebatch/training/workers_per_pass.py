@@ -13,7 +13,8 @@ from tf_largebatch.distributed.collectives import gather
 from tf_largebatch.errors import UserError
 from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
-from tf_largebatch.training.step import PASSES_AT_ONCE, make_replica_sums, tensors
+from tf_largebatch.training.passes import PASSES_AT_ONCE, Variables
+from tf_largebatch.training.step import make_paper_sums
 
 
 def check_workers_per_pass(workers_per_pass: int, workers_on_replica: int) -> None:
@@ -60,16 +61,16 @@ def choose_workers_per_pass(
   if recipe.dtype == "float16" or not tf.config.get_visible_devices("GPU"):
     return 1
   shape = (recipe.per_worker_batch_size, *model.input_shape[1:])
-  weights, statistics = tensors(model.trainable_variables), tensors(model.non_trainable_variables)
+  values = Variables.of(model).values()
   best, best_seconds, workers_per_pass = 1, float("inf"), 1
   while workers_on_replica % workers_per_pass == 0:
     images = tf.zeros([workers_per_pass, *shape], tf.uint8)
     labels = tf.zeros([workers_per_pass, shape[0]], tf.int32)
     candidate = dataclasses.replace(options, workers_per_pass=workers_per_pass)
-    sums = tf.function(make_replica_sums(model, recipe, candidate))
+    sums = tf.function(make_paper_sums(model, recipe, candidate))
     try:
       seconds = [
-        _seconds(lambda: float(sums(weights, statistics, images, labels)[2]))  # noqa: B023
+        _seconds(lambda: float(sums(values, 0, (images, labels))[3][0]))  # noqa: B023
         for _ in range(4)
       ]
     except tf.errors.ResourceExhaustedError:

@@ -25,8 +25,8 @@ MUTATIONS = (
     (
       (
         "training/step",
-        "images_in_step, workers = recipe.global_batch_size,",
-        "images_in_step, workers = recipe.per_worker_batch_size,",
+        "images_in_step = recipe.global_batch_size",
+        "images_in_step = recipe.per_worker_batch_size",
       ),
     ),
   ),
@@ -36,10 +36,9 @@ MUTATIONS = (
     (
       (
         "training/step",
-        "    # [workers, n, …] → [passes, g·n",
-        "    nonlocal images_in_step\n"
-        "    images_in_step = images.shape[0] * images.shape[1]\n"
-        "    # [workers, n, …] → [passes, g·n",
+        "    gradient_norm = tf",
+        "    gradients = [g * strategy.num_replicas_in_sync for g in gradients]\n"
+        "    gradient_norm = tf",
       ),
     ),
   ),
@@ -90,10 +89,10 @@ MUTATIONS = (
     "BN groups",
     (
       (
-        "training/step",
+        "training/passes",
         "    # [workers, n, …] → [passes, g·n",
         "    nonlocal workers_per_pass\n"
-        "    workers_per_pass = images.shape[0]\n"
+        "    workers_per_pass = batch[0].shape[0]\n"
         "    # [workers, n, …] → [passes, g·n",
       ),
       (
@@ -108,11 +107,10 @@ MUTATIONS = (
     "moving statistics",
     (
       (
-        "training/step",
-        "      return index + 1, tf.nest",
-        "      first = [tf.where(index == 0, x * count, tf.zeros_like(x)) for x in addends[1]]\n"
-        "      addends = (addends[0], first, *addends[2:])\n"
-        "      return index + 1, tf.nest",
+        "training/passes",
+        "      new = tf.nest",
+        "      statistics = [tf.where(index == 0, s * count, 0 * s) for s in statistics]\n"
+        "      new = tf.nest",
       ),
     ),
   ),
@@ -122,10 +120,10 @@ MUTATIONS = (
     (
       (
         "training/step",
-        "    scalars = {\n",
+        "    statistics, loss, error, stop = totals\n",
         "    local = recipe.workers / images.shape[0]\n"
-        "    statistics = [local * value for value in rest[0]]\n"
-        "    scalars = {\n",
+        "    statistics = [local * value for value in statistics]\n"
+        "    _, loss, error, stop = totals\n",
       ),
     ),
   ),
@@ -213,9 +211,9 @@ MUTATIONS = (
     "moving statistics",
     (
       (
-        "training/step",
+        "training/passes",
         "share = workers_per_pass / workers",
-        "share = 1 / recipe.per_worker_batch_size",
+        "share = 1 / batch[0].shape[0]",
       ),
     ),
   ),
@@ -263,15 +261,14 @@ MUTATIONS = (
       # As if to reach a multiple of 8: the loss masks the image of zeros, but BN sees it.
       (
         "training/step",
-        "      logits, updates = model",
-        "      images = tf.pad(images, [[0, 1], [0, 0], [0, 0], [0, 0]])\n"
-        "      logits, updates = model",
+        "    images, labels = batch\n",
+        "    images, labels = batch\n"
+        "    images = tf.pad(images, [[0, 1], [0, 0], [0, 0], [0, 0]])\n",
       ),
       (
         "training/step",
-        "      loss = _loss_sum(recipe, labels, logits) / images_in_step\n",
-        "      logits = logits[:-1]\n"
-        "      loss = _loss_sum(recipe, labels, logits) / images_in_step\n",
+        "    loss = _loss_sum(recipe, labels, logits) / images_in_step\n",
+        "    logits = logits[:-1]\n    loss = _loss_sum(recipe, labels, logits) / images_in_step\n",
       ),
     ),
   ),
