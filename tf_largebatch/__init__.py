@@ -11,6 +11,8 @@ _MODULES = {
   "PerWorkerBatchNormalization": "models.normalization",
   "Recipe": "recipe",
   "RunOptions": "options",
+  "evaluate": "training.fit",
+  "fit": "training.fit",
   "make_strategy": "distributed.strategy",
   "read_cluster": "distributed.cluster",
   "train_and_evaluate": "training.trainer",

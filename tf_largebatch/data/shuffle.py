@@ -14,6 +14,17 @@ _ONE_BIT_SHORT = frozenset(4**power for power in range(8, 32))
 def example_id(recipe: Recipe, train_examples: int, epoch, position):
   """Returns the example at a position of the epoch's permutation of all training examples.
 
+  Args:
+    recipe: supplies the seed.
+    train_examples: size of the training split.
+    epoch, position: see `permute`.
+  """
+  return permute(recipe.seed, train_examples, epoch, position)
+
+
+def permute(seed: int, count: int, epoch, position):
+  """Returns what stands at a position of an epoch's permutation of 0 to count − 1.
+
   The permutation is a block cipher of the positions, so nothing is stored and any number of
   positions can be computed at once. `tf.random.experimental.index_shuffle` runs the cipher for 4
   rounds on the unmodified seed, which uses only its low bits: successive epochs then correlate
@@ -21,15 +32,15 @@ def example_id(recipe: Recipe, train_examples: int, epoch, position):
   rounds remove both effects.
 
   Args:
-    recipe: supplies the seed.
-    train_examples: size of the training split.
+    seed: of the permutations.
+    count: of what is permuted.
     epoch: integer scalar, from 0.
-    position: integers of any shape, from 0 to train_examples − 1.
+    position: integers of any shape, from 0 to count − 1.
 
   Returns:
     int64, in the shape of `position`.
   """
-  seed = tf.stack([tf.constant(recipe.seed, tf.int64), tf.cast(epoch, tf.int64)])
+  seed = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
   key = tf.random.stateless_uniform([3], seed, minval=None, maxval=None, dtype=tf.int32)
 
   def shuffle(index, last: int):
@@ -40,12 +51,12 @@ def example_id(recipe: Recipe, train_examples: int, epoch, position):
       rounds=24,
     )
 
-  last = train_examples - 1
+  last = count - 1
   if last not in _ONE_BIT_SHORT:
     return shuffle(position, last)
   # Permutes one more index, and replaces the extra one by what it is mapped to itself.
-  ids = shuffle(position, train_examples)
-  return tf.where(ids == train_examples, shuffle(train_examples, train_examples), ids)
+  ids = shuffle(position, count)
+  return tf.where(ids == count, shuffle(count, count), ids)
 
 
 def draws(recipe: Recipe, epoch, first, count: int):

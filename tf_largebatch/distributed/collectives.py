@@ -5,6 +5,7 @@ import time
 import zlib
 from collections.abc import Callable
 
+import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
@@ -74,6 +75,29 @@ def make_task_gather(strategy: tf.distribute.Strategy, tasks: int) -> Callable[.
     return gather_from_replicas(np.asarray(value, np.float64))[::replicas_per_task]
 
   return gather_from_tasks
+
+
+def broadcast(strategy: tf.distribute.Strategy, variables: list[keras.Variable]) -> None:
+  """Gives all replicas the first replica's values of variables; waits for all replicas."""
+  carriers = [v.dtype if v.dtype in ("float32", "float64") else "float64" for v in variables]
+
+  def assign(strategy, values):
+    for variable, value in zip(variables, values, strict=True):
+      strategy.extended.update(
+        variable.value, lambda v, new: v.assign(tf.cast(new, v.dtype)), args=(value,)
+      )
+
+  def replica():
+    context = tf.distribute.get_replica_context()
+    first = tf.convert_to_tensor(context.replica_id_in_sync_group) == 0
+    own = [
+      tf.cast(variable.value, carrier)
+      for variable, carrier in zip(variables, carriers, strict=True)
+    ]
+    own = [tf.where(first, value, tf.zeros_like(value)) for value in own]
+    context.merge_call(assign, args=(context.all_reduce(tf.distribute.ReduceOp.SUM, own),))
+
+  tf.function(lambda: strategy.run(replica), autograph=False)()
 
 
 def retry_until_views_agree(attempt: Callable):

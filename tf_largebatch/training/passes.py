@@ -109,9 +109,10 @@ def call(variables: Variables, values: Values, worker, body: Callable[[], Any], 
 
 def _seed_shift(variable: keras.Variable, worker):
   """What separates a worker's seed from worker 0's; None for other integers."""
-  if variable.name != "seed_generator_state" or variable.dtype != "uint32":
+  if variable.name != "seed_generator_state":
     return None
-  return tf.stack([tf.cast(worker, tf.uint32) * tf.constant(_SEED_STRIDE, tf.uint32), 0])
+  shift = tf.cast(worker, variable.dtype) * tf.constant(_SEED_STRIDE, variable.dtype)
+  return tf.stack([shift, tf.zeros_like(shift)])
 
 
 def make_replica_sums(

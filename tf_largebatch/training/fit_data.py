@@ -1,0 +1,354 @@
+"""The data of `fit` and `evaluate`: from what Keras takes to each replica's examples."""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from tf_largebatch.data.shuffle import permute
+from tf_largebatch.distributed.place import Place
+from tf_largebatch.errors import UserError
+
+# Steps that are known ahead: what a task sends with one step is read by the others after the next.
+_AHEAD = 2
+_HASH_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+  """Examples in memory.
+
+  Attributes:
+    parts: (x,), (x, y) or (x, y, sample_weight), each an array or nested arrays `[examples, …]`.
+  """
+
+  parts: tuple
+
+  @property
+  def size(self) -> int:
+    return len(tf.nest.flatten(self.parts)[0])
+
+  def take(self, first: int, last: int) -> "Arrays":
+    return Arrays(tf.nest.map_structure(lambda a: a[first:last], self.parts))
+
+  def batches(self, size: int, order: tf.Tensor | None = None) -> tf.data.Dataset:
+    """Batches of the examples in the given order (int64 `[examples]`), the last one partial."""
+    parts = tf.nest.map_structure(tf.convert_to_tensor, self.parts)
+    if order is None:
+      return tf.data.Dataset.from_tensor_slices(parts).batch(size)
+    indices = tf.data.Dataset.from_tensor_slices(order).batch(size)
+    return indices.map(lambda i: tf.nest.map_structure(lambda a: tf.gather(a, i), parts))
+
+
+def as_arrays(x, y, sample_weight) -> Arrays | None:
+  """The examples, if they are arrays; None if x is another source of data.
+
+  Raises:
+    UserError: x already holds y, x is neither, or the sizes differ.
+  """
+  if isinstance(x, tf.data.Dataset) or (callable(x) and not hasattr(x, "__array__")):
+    if y is not None or sample_weight is not None:
+      raise UserError(
+        "y and sample_weight must be part of the data set's elements: (x, y) or (x, y, "
+        "sample_weight)."
+      )
+    return None
+  if x is None or isinstance(x, keras.utils.PyDataset) or not _is_arrays(x):
+    raise UserError(
+      f"x is {type(x).__name__}; give arrays, a tf.data.Dataset whose elements are batches, or a "
+      "function that returns the data set of an epoch."
+    )
+  if y is None and sample_weight is not None:
+    raise UserError("sample_weight was given without y.")
+  parts = (x,) if y is None else (x, y) if sample_weight is None else (x, y, sample_weight)
+  parts = keras.tree.lists_to_tuples(parts)  # tf.data would stack lists.
+  parts = tf.nest.map_structure(_to_array, parts)
+  sizes = {len(a) for a in tf.nest.flatten(parts)}
+  if len(sizes) > 1:
+    raise UserError(f"The arrays differ in their number of examples: {sorted(sizes)}.")
+  return Arrays(parts)
+
+
+def _is_arrays(x) -> bool:
+  leaves = tf.nest.flatten(x)
+  return bool(leaves) and all(hasattr(leaf, "__array__") and np.ndim(leaf) for leaf in leaves)
+
+
+def _to_array(array):
+  if isinstance(array, tf.Tensor):
+    return array
+  array = np.asarray(array)
+  # As Keras does: float64 data is computed on in floatx.
+  return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
+
+
+def split(arrays: Arrays, fraction: float) -> tuple[Arrays, Arrays]:
+  """Splits off the last `fraction` for validation, as Keras does: before any shuffling."""
+  first = int(np.floor(arrays.size * (1 - fraction)))
+  if not 0 < first < arrays.size:
+    raise UserError(
+      f"validation_split={fraction} leaves training or validation of the {arrays.size} examples "
+      "empty."
+    )
+  return arrays.take(0, first), arrays.take(first, arrays.size)
+
+
+class TrainingData:
+  """The steps of each epoch.
+
+  Args:
+    data: `Arrays`, a `tf.data.Dataset` of batches, or a function epoch → data set.
+    place: of this task.
+    workers, per_worker_batch_size: k and n.
+    steps_per_epoch: as in Keras: None: all whole steps. With a data set, the next epoch then goes
+      on where the last one stopped.
+    shuffle: whether arrays are permuted in each epoch.
+    class_weight: class → weight of its examples.
+    seed: of the permutations.
+
+  Attributes:
+    steps: in an epoch; None: not known.
+  """
+
+  def __init__(
+    self,
+    data,
+    place: Place,
+    *,
+    workers: int,
+    per_worker_batch_size: int,
+    steps_per_epoch: int | None = None,
+    shuffle: bool = True,
+    class_weight: dict | None = None,
+    seed: int = 0,
+  ):
+    self._data, self._place = data, place
+    self._workers, self._n = workers, per_worker_batch_size
+    self._asked, self._shuffle, self._seed = steps_per_epoch, shuffle, seed
+    self._class_weight = class_weight
+    self._iterator = None
+    self.steps = steps_per_epoch or self._count()
+
+  def _count(self) -> int | None:
+    kn = self._workers * self._n
+    if isinstance(self._data, Arrays):
+      return self._data.size // kn
+    if not isinstance(self._data, tf.data.Dataset):
+      return None
+    count = int(_rebatch(self._data, kn).cardinality())
+    if count == tf.data.INFINITE_CARDINALITY:
+      raise UserError("The data set has no end; give steps_per_epoch.")
+    return None if count == tf.data.UNKNOWN_CARDINALITY else count
+
+  def first_worker_batch(self):
+    """The examples of worker 0 in a first step: `[n, …]`, nested."""
+    for batch in self._dataset(0).take(1):
+      return tf.nest.map_structure(lambda x: x[: self._n], batch)
+    raise self._too_few()
+
+  def _too_few(self) -> UserError:
+    kn = self._workers * self._n
+    return UserError(
+      f"The data have fewer than the kn = {self._workers} x {self._n} = {kn} examples of a step; "
+      "use fewer or smaller workers."
+    )
+
+  def _dataset(self, epoch: int) -> tf.data.Dataset:
+    """The epoch's steps: `[kn, …]`, nested: (x,), (x, y) or (x, y, sample_weight)."""
+    kn, data = self._workers * self._n, self._data
+    if isinstance(data, Arrays):
+      order = tf.range(data.size, dtype=tf.int64)
+      if self._shuffle:
+        order = permute(self._seed, data.size, epoch, order)
+      dataset = data.batches(kn, order).take(data.size // kn)
+      # Every batch is whole, which the shapes should say.
+      dataset = dataset.map(lambda *e: tf.nest.map_structure(lambda x: _set_size(x, kn), e))
+    else:
+      dataset = _rebatch(data if isinstance(data, tf.data.Dataset) else data(epoch), kn)
+    if self._class_weight:
+      dataset = dataset.map(lambda *e: weigh(e, self._class_weight))
+    return dataset
+
+  def epoch(self, epoch: int) -> Iterator[tuple[Any, np.ndarray]]:
+    """Iterates over an epoch's steps.
+
+    Yields:
+      The batch, an argument of `strategy.run` with `[workers on the replica, n, …]` for each
+      replica, and what all tasks must see equal: how many steps are known to follow, and a hash of
+      the examples; float64 `[1 + bytes]`.
+    """
+    goes_on = self._asked is not None and isinstance(self._data, tf.data.Dataset)
+    steps, count = iter(()), 0
+    if goes_on and self._iterator is not None:
+      steps = itertools.islice(self._iterator, self._asked)
+    first = next(steps, None)
+    if first is None:
+      self._iterator = iter(self._steps(epoch))
+      steps = itertools.islice(self._iterator, self._asked)
+      first = next(steps, None)
+    if first is None:
+      raise self._too_few()
+    for (hashed, parts), following in _look_ahead(itertools.chain([first], steps)):
+      count += 1
+      yield self._place.distribute(parts), np.array([following, *hashed.numpy()], np.float64)
+    if self._asked is not None and count < self._asked:
+      logging.warning("The data ended after %d of %d steps of the epoch.", count, self._asked)
+
+  def _steps(self, epoch: int) -> tf.data.Dataset:
+    place, n = self._place, self._n
+    per_replica = self._workers // place.replicas
+
+    def arrange(*batch):
+      workers = tf.nest.map_structure(
+        lambda x: tf.reshape(x, [self._workers, n, *x.shape[1:]]), batch
+      )
+      parts = tuple(
+        tf.nest.map_structure(lambda x, r=r: x[r * per_replica : (r + 1) * per_replica], workers)
+        for r in range(place.first, place.first + place.local)
+      )
+      return _fingerprint(batch, place), parts
+
+    return self._dataset(epoch).map(arrange).prefetch(_AHEAD)
+
+
+class EvaluationData:
+  """The batches of an evaluation, in order; each replica takes every R-th of them.
+
+  A batch stays whole, because Keras weighs some losses by its size. Whatever the number of
+  replicas, these are the batches that `model.evaluate` takes.
+
+  Args:
+    data: `Arrays` or a `tf.data.Dataset` of batches.
+    place: of this task.
+    batch_size: of arrays.
+    steps: batches to take; None: all.
+
+  Attributes:
+    steps: number of groups of batches; None: not known.
+  """
+
+  def __init__(self, data, place: Place, batch_size: int, steps: int | None = None):
+    if isinstance(data, Arrays):
+      dataset = data.batches(batch_size)
+    elif isinstance(data, tf.data.Dataset):
+      dataset = _require_batches(data).map(lambda *e: e)
+    else:
+      raise UserError("Evaluation takes arrays or a tf.data.Dataset, not a function.")
+    dataset = dataset if steps is None else dataset.take(steps)
+    if int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY:
+      raise UserError("The validation data have no end; give the number of steps.")
+    self._place = place
+    self._dataset = dataset.map(lambda *e: (_fingerprint(e, place), e)).prefetch(_AHEAD)
+
+  def first(self):
+    """The first batch, nested."""
+    for _, batch in self._dataset.take(1):
+      return batch
+    raise UserError("There are no examples to evaluate.")
+
+  def groups(self) -> Iterator[tuple[list, list, np.ndarray]]:
+    """Iterates over groups of as many batches of one size as there are replicas.
+
+    Yields:
+      The local replicas' batches, whether each counts (1.0, or 0.0 for padding), and what all tasks
+      must see equal, as in `TrainingData.epoch`.
+    """
+    place = self._place
+    own = range(place.first, place.first + place.local)
+    for group, following in _look_ahead(_group(iter(self._dataset), place.replicas)):
+      hashes = np.sum([hashed.numpy() for hashed, _ in group], axis=0) % 256
+      parts = [group[r if r < len(group) else 0][1] for r in own]
+      counts = [tf.constant(float(r < len(group))) for r in own]
+      facts = np.array([following, *hashes], np.float64)
+      yield parts, counts, facts
+
+
+def _group(elements: Iterator, size: int) -> Iterator[list]:
+  """Groups successive elements of equal shapes, at most `size` of them."""
+  group, shapes = [], None
+  for element in elements:
+    found = [x.shape for x in tf.nest.flatten(element)]
+    if group and (found != shapes or len(group) == size):
+      yield group
+      group = []
+    group, shapes = [*group, element], found
+  if group:
+    yield group
+
+
+def _look_ahead(steps: Iterator) -> Iterator[tuple[Any, int]]:
+  """Yields each step with the number of steps, up to `_AHEAD`, that are known to follow."""
+  ahead = collections.deque()
+  for step in steps:
+    ahead.append(step)
+    if len(ahead) > _AHEAD:
+      yield ahead.popleft(), _AHEAD
+  while ahead:
+    step = ahead.popleft()
+    yield step, len(ahead)
+
+
+def _set_size(x, size: int):
+  return tf.ensure_shape(x, [size, *x.shape[1:]])
+
+
+def _require_batches(dataset) -> tf.data.Dataset:
+  """Returns the data set, whose elements must be batches of dense tensors.
+
+  Raises:
+    UserError: they are not.
+  """
+  if not isinstance(dataset, tf.data.Dataset):
+    raise UserError(f"x(epoch) returned {type(dataset).__name__}, not a tf.data.Dataset.")
+  for spec in tf.nest.flatten(dataset.element_spec):
+    if not isinstance(spec, tf.TensorSpec) or not spec.shape.rank:
+      raise UserError(
+        f"The data set's elements hold {spec}; they must be batches of dense tensors of known rank "
+        "(`dataset.batch(…)`)."
+      )
+  return dataset
+
+
+def _rebatch(dataset, size: int) -> tf.data.Dataset:
+  rebatched = _require_batches(dataset).rebatch(size, drop_remainder=True)
+  return rebatched.map(lambda *e: tf.nest.map_structure(lambda x: _set_size(x, size), e))
+
+
+def weigh(batch: tuple, class_weight: dict[int, float]) -> tuple:
+  """Weighs examples by their class, as Keras does.
+
+  Args:
+    batch: (x, y), y being class numbers `[examples]` or `[examples, 1]`, or one-hot vectors.
+    class_weight: class → weight; other classes have weight 1.
+
+  Raises:
+    UserError: the batch has no y, several, or weights already.
+  """
+  if len(batch) != 2 or tf.nest.is_nested(batch[1]):
+    raise UserError("class_weight needs elements (x, y) with one y and no sample_weight.")
+  y = batch[1]
+  if y.shape.rank > 1:
+    y = tf.argmax(y, axis=-1) if y.shape[-1] != 1 else tf.squeeze(y, axis=-1)
+  y = tf.cast(y, tf.int64)
+  weights = tf.ones_like(y, keras.config.floatx())
+  for number, weight in class_weight.items():
+    weights = tf.where(y == int(number), tf.cast(weight, weights.dtype), weights)
+  return (*batch, weights)
+
+
+def _fingerprint(batch: tuple, place: Place):
+  """Hash of the targets and of the first example: numbers below 256, `[bytes]`."""
+  if place.alone:
+    return tf.zeros([_HASH_BYTES], tf.int64)
+  whole = batch[1:] if len(batch) > 1 else batch
+  first = tf.nest.map_structure(lambda x: x[:1], batch[0])
+  texts = [tf.io.serialize_tensor(x) for x in tf.nest.flatten((whole, first))]
+  number = tf.strings.to_hash_bucket_fast(tf.strings.join(texts), 2 ** (8 * _HASH_BYTES))
+  shifts = tf.constant([8 * i for i in range(_HASH_BYTES)], tf.int64)
+  return tf.bitwise.bitwise_and(tf.bitwise.right_shift(number, shifts), 255)
