@@ -12,7 +12,7 @@ from tf_largebatch.distributed.collectives import broadcast, gather
 from tf_largebatch.distributed.place import Place
 from tf_largebatch.errors import UserError
 from tf_largebatch.training import fit_checks, fit_data, fit_steps, keras_pass
-from tf_largebatch.training.fit_data import Arrays, EvaluationData, TrainingData
+from tf_largebatch.training.fit_data import Arrays, EvaluationData, TrainingData, Workers
 
 # Stock callbacks that write files: they run on the chief alone.
 _WRITERS = tuple(
@@ -51,59 +51,35 @@ def fit(
 ) -> keras.callbacks.History:
   """Trains a compiled Keras model with k workers of n examples, on any cluster.
 
-  Each step takes kn examples. Worker j passes its n examples (the j-th n of them) through the
-  model, with random numbers of its own, and the loss is Keras' own over these n. The step's
-  gradient is the mean over the k workers; the optimizer applies it once, clipped if it clips.
-  Moving statistics take the mean over the workers. The replicas of the model's strategy share the
-  workers, so the same arguments train the same model on one device, several, or several tasks, up
-  to the order in which floats are summed. With k = 1 this is `model.fit`.
-
-  Arguments that are not listed mean what they mean in `model.fit`.
+  Each worker passes its n examples through the model, with Keras' own loss and with random numbers
+  of its own. The step takes the mean of the k gradients and moving statistics. The replicas of the
+  model's strategy share the workers, which changes only the order in which floats are summed. With
+  k = 1 this is `model.fit`, whose arguments mean the same here, except for (docs/keras_fit.md):
 
   Args:
-    model: compiled, made in the scope of its strategy (`make_strategy`). Call `fit` outside of it.
-    x: arrays; or a `tf.data.Dataset` of batches of any size, the same on all tasks, not sharded,
-      with elements (x, y) or (x, y, sample_weight); or a function epoch → such a data set, so that
-      a run that continues sees what an uninterrupted one would have seen.
-    workers: k; a multiple of the number of replicas.
-    per_worker_batch_size: n. Examples that do not fill a step of kn are dropped.
-    shuffle: whether arrays are permuted in each epoch, by `seed` and the epoch's number.
-    callbacks: those of Keras that write files run on the chief alone, all others on all tasks. If
-      one task's callback sets `model.stop_training`, all tasks stop there.
-    validation_batch_size: of arrays; n if None.
-    seed: of the permutations.
-    workers_per_pass: g, workers that a replica takes through the model at once; needs a model whose
-      batch normalisation is per worker (`per_worker_batch_normalization`) and without dropout.
-
-  Returns:
-    The history, as `model.fit` does.
+    model: compiled, and made in its strategy's scope; call `fit` outside of it.
+    x: arrays; a `tf.data.Dataset` of batches of any size, whole on every task; or a function from
+      the epoch to such a data set, so that a run that continues sees the same examples.
+    workers, per_worker_batch_size: k and n. Examples that do not fill a step of kn are dropped.
+    shuffle, seed: whether arrays are permuted in each epoch, by seed and epoch.
+    callbacks: Keras' that write files run on the chief alone, others on all tasks, which all stop
+      if one sets `model.stop_training`.
+    validation_batch_size: of arrays; None: n.
+    workers_per_pass: g, workers that a replica takes through the model at once.
 
   Raises:
-    UserError: the arguments do not fit, the tasks' data differ, or something in the model would not
-      be the same on other clusters.
+    UserError: the arguments do not fit, or something would depend on the cluster.
   """
   fit_checks.require_supported(model, ("train_step", "train_function"))
   place = Place.of(model.distribute_strategy)
-  fit_checks.require_shares(place, workers, per_worker_batch_size, workers_per_pass)
-  data = fit_data.as_arrays(x, y, sample_weight) or x
-  if validation_split and validation_data is None:
-    if not isinstance(data, Arrays):
-      raise UserError("validation_split needs arrays; give validation_data.")
-    data, validation_data = fit_data.split(data, validation_split)
-  training = TrainingData(
-    data,
-    place,
-    workers=workers,
-    per_worker_batch_size=per_worker_batch_size,
-    steps_per_epoch=steps_per_epoch,
-    shuffle=shuffle,
-    class_weight=class_weight,
-    seed=seed,
-  )
-  loop = _Fit.make(model, place, training, callbacks, verbose, epochs, workers, workers_per_pass)
+  share = Workers(workers, per_worker_batch_size, workers_per_pass)
+  fit_checks.require_shares(place, share)
+  data, validation_data = _sources((x, y, sample_weight), validation_split, validation_data)
+  training = TrainingData(data, place, share, steps_per_epoch, shuffle, class_weight, seed)
+  loop = _Fit.make(model, place, training, share, callbacks, verbose, epochs)
   if validation_data is not None:
     size = validation_batch_size or per_worker_batch_size
-    loop.validation = EvaluationData(_validation(validation_data), place, size, validation_steps)
+    loop.validation = EvaluationData(validation_data, place, size, validation_steps)
   return loop.run(initial_epoch, epochs, validation_freq)
 
 
@@ -146,13 +122,18 @@ def evaluate(
   return values if len(values) > 1 else values[0]
 
 
-def _validation(data):
-  """What `validation_data` holds: a data set, or arrays (x, y) or (x, y, sample_weight)."""
-  if isinstance(data, (Arrays, tf.data.Dataset)):
-    return data
-  if not isinstance(data, (tuple, list)):
-    return fit_data.as_arrays(data, None, None) or data
-  return fit_data.as_arrays(*data, *[None] * (3 - len(data)))
+def _sources(given: tuple, fraction: float, validation) -> tuple:
+  """Returns the data of training and of validation: `Arrays`, data sets or a function."""
+  data = fit_data.as_arrays(*given) or given[0]
+  if isinstance(validation, (tuple, list)):
+    return data, fit_data.as_arrays(*validation, *[None] * (3 - len(validation)))
+  if validation is not None:
+    return data, fit_data.as_arrays(validation, None, None) or validation
+  if not fraction:
+    return data, None
+  if not isinstance(data, Arrays):
+    raise UserError("validation_split needs arrays; give validation_data.")
+  return fit_data.split(data, fraction)
 
 
 def _callback_list(
@@ -247,19 +228,17 @@ class _Fit:
   _evaluation: _Evaluation | None = None
 
   @classmethod
-  def make(cls, model, place, training, callbacks, verbose, epochs, workers, workers_per_pass):
+  def make(cls, model, place, training, workers: Workers, callbacks, verbose, epochs) -> "_Fit":
     first = training.first_worker_batch()
     keras_pass.build(model, first)
     made = keras_pass.trained(model, first)
     fit_checks.require_sums(made, first)
-    fit_checks.require_equal_workers(made, first, workers_per_pass)
+    fit_checks.require_equal_workers(made, first, workers.per_pass)
     stops_inside = not place.alone and _watches_batches(callbacks)
     replica_batch = tf.nest.map_structure(
-      lambda x: tf.TensorSpec([workers // place.replicas, *x.shape], x.dtype), first
+      lambda x: tf.TensorSpec([workers.count // place.replicas, *x.shape], x.dtype), first
     )
-    step = fit_steps.make_fit_step(
-      made, place, replica_batch, workers, workers_per_pass, stops_inside
-    )
+    step = fit_steps.make_fit_step(made, place, replica_batch, workers, stops_inside)
     chosen = _callback_list(model, place, callbacks, verbose, epochs=epochs, steps=training.steps)
     results = fit_steps.make_results(made)
     return cls(model, place, training, chosen, step, results, made.reset, stops_inside)

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from tf_largebatch.distributed.place import Place
 from tf_largebatch.errors import UserError
+from tf_largebatch.training.fit_data import Workers
 from tf_largebatch.training.keras_pass import KerasPass
 
 _HALF = ("float16", "bfloat16")
@@ -42,24 +43,25 @@ def require_supported(model: keras.Model, functions: tuple[str, str]) -> None:
     )
 
 
-def require_shares(place: Place, workers: int, per_worker_batch_size: int, g: int) -> None:
+def require_shares(place: Place, workers: Workers) -> None:
   """Checks that the replicas can share the workers equally.
 
   Raises:
     UserError: they cannot.
   """
-  sizes = {"workers": workers, "per_worker_batch_size": per_worker_batch_size}
-  sizes["workers_per_pass"] = g
-  for name, value in sizes.items():
+  sizes = {"workers": workers.count, "per_worker_batch_size": workers.batch_size}
+  for name, value in (sizes | {"workers_per_pass": workers.per_pass}).items():
     if not isinstance(value, int | np.integer) or value < 1:
       raise UserError(f"{name}={value!r} is not a positive whole number.")
-  if workers % place.replicas:
+  if workers.count % place.replicas:
     raise UserError(
-      f"workers={workers} cannot be shared equally by {place.replicas} replicas; use a multiple."
+      f"workers={workers.count} cannot be shared equally by {place.replicas} replicas; use a "
+      "multiple."
     )
-  if workers // place.replicas % g:
+  on_replica = workers.count // place.replicas
+  if on_replica % workers.per_pass:
     raise UserError(
-      f"workers_per_pass={g} does not divide the {workers // place.replicas} workers of a replica."
+      f"workers_per_pass={workers.per_pass} does not divide the {on_replica} workers of a replica."
     )
 
 

@@ -21,6 +21,26 @@ _HASH_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
+class Workers:
+  """The workers of a step.
+
+  Attributes:
+    count: k.
+    batch_size: n, examples of each.
+    per_pass: g, how many a replica takes through the model at once.
+  """
+
+  count: int
+  batch_size: int
+  per_pass: int = 1
+
+  @property
+  def examples(self) -> int:
+    """kn, examples in a step."""
+    return self.count * self.batch_size
+
+
+@dataclasses.dataclass(frozen=True)
 class Arrays:
   """Examples in memory.
 
@@ -105,7 +125,7 @@ class TrainingData:
   Args:
     data: `Arrays`, a `tf.data.Dataset` of batches, or a function epoch → data set.
     place: of this task.
-    workers, per_worker_batch_size: k and n.
+    workers: of a step.
     steps_per_epoch: as in Keras: None: all whole steps. With a data set, the next epoch then goes
       on where the last one stopped.
     shuffle: whether arrays are permuted in each epoch.
@@ -120,23 +140,20 @@ class TrainingData:
     self,
     data,
     place: Place,
-    *,
-    workers: int,
-    per_worker_batch_size: int,
+    workers: Workers,
     steps_per_epoch: int | None = None,
     shuffle: bool = True,
     class_weight: dict | None = None,
     seed: int = 0,
   ):
-    self._data, self._place = data, place
-    self._workers, self._n = workers, per_worker_batch_size
+    self._data, self._place, self._workers = data, place, workers
     self._asked, self._shuffle, self._seed = steps_per_epoch, shuffle, seed
     self._class_weight = class_weight
     self._iterator = None
     self.steps = steps_per_epoch or self._count()
 
   def _count(self) -> int | None:
-    kn = self._workers * self._n
+    kn = self._workers.examples
     if isinstance(self._data, Arrays):
       return self._data.size // kn
     if not isinstance(self._data, tf.data.Dataset):
@@ -149,19 +166,19 @@ class TrainingData:
   def first_worker_batch(self):
     """The examples of worker 0 in a first step: `[n, …]`, nested."""
     for batch in self._dataset(0).take(1):
-      return tf.nest.map_structure(lambda x: x[: self._n], batch)
+      return tf.nest.map_structure(lambda x: x[: self._workers.batch_size], batch)
     raise self._too_few()
 
   def _too_few(self) -> UserError:
-    kn = self._workers * self._n
+    k, n = self._workers.count, self._workers.batch_size
     return UserError(
-      f"The data have fewer than the kn = {self._workers} x {self._n} = {kn} examples of a step; "
-      "use fewer or smaller workers."
+      f"The data have fewer than the kn = {k} x {n} = {k * n} examples of a step; use fewer or "
+      "smaller workers."
     )
 
   def _dataset(self, epoch: int) -> tf.data.Dataset:
     """The epoch's steps: `[kn, …]`, nested: (x,), (x, y) or (x, y, sample_weight)."""
-    kn, data = self._workers * self._n, self._data
+    kn, data = self._workers.examples, self._data
     if isinstance(data, Arrays):
       order = tf.range(data.size, dtype=tf.int64)
       if self._shuffle:
@@ -201,13 +218,11 @@ class TrainingData:
       logging.warning("The data ended after %d of %d steps of the epoch.", count, self._asked)
 
   def _steps(self, epoch: int) -> tf.data.Dataset:
-    place, n = self._place, self._n
-    per_replica = self._workers // place.replicas
+    place, k, n = self._place, self._workers.count, self._workers.batch_size
+    per_replica = k // place.replicas
 
     def arrange(*batch):
-      workers = tf.nest.map_structure(
-        lambda x: tf.reshape(x, [self._workers, n, *x.shape[1:]]), batch
-      )
+      workers = tf.nest.map_structure(lambda x: tf.reshape(x, [k, n, *x.shape[1:]]), batch)
       parts = tuple(
         tf.nest.map_structure(lambda x, r=r: x[r * per_replica : (r + 1) * per_replica], workers)
         for r in range(place.first, place.first + place.local)

@@ -10,6 +10,7 @@ import tensorflow as tf
 from tf_largebatch.distributed.place import Place
 from tf_largebatch.errors import UserError
 from tf_largebatch.training import passes
+from tf_largebatch.training.fit_data import Workers
 from tf_largebatch.training.keras_pass import KerasPass
 
 # The first of what the tasks send each other with a step: whether a task was asked to stop.
@@ -20,8 +21,7 @@ def make_fit_step(
   keras_pass: KerasPass,
   place: Place,
   batch,
-  workers: int,
-  workers_per_pass: int,
+  workers: Workers,
   stops: bool,
 ) -> Callable:
   """Builds a step of training.
@@ -30,7 +30,7 @@ def make_fit_step(
     keras_pass: of the model; its optimizer is built.
     place: of this task.
     batch: of a replica (`[workers on the replica, n, …]`, nested), used for its shapes and dtypes.
-    workers, workers_per_pass: k and g.
+    workers: of a step.
     stops: whether a step changes nothing once a task was asked to stop before it.
 
   Returns:
@@ -41,10 +41,10 @@ def make_fit_step(
   variables, optimizer = keras_pass.variables, keras_pass.model.optimizer
   with_xla = bool(keras_pass.model.jit_compile)
   sums = passes.make_replica_sums(
-    keras_pass.forward(workers_per_pass / workers),
-    workers,
+    keras_pass.forward(workers.per_pass / workers.count),
+    workers.count,
     keras_pass.addends,
-    workers_per_pass,
+    workers.per_pass,
     with_xla,
   )
   # Traced outside of the strategy, where Keras scales no loss by the number of replicas.
@@ -53,7 +53,7 @@ def make_fit_step(
     variables.values(), tf.TensorSpec([], tf.int32), batch, scale
   )
   update = _make_update(keras_pass, stops)
-  workers_on_replica = workers // place.replicas
+  workers_on_replica = workers.count // place.replicas
 
   def replica_step(batch, totals, facts):
     replica = tf.distribute.get_replica_context()
