@@ -4,40 +4,51 @@ import dataclasses
 
 import tensorflow as tf
 
+from tf_largebatch.distributed.cluster import Cluster
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Which replicas this task has.
+  """A task's replicas among those of all tasks.
 
   Attributes:
     strategy: of the model.
-    first: index of this task's first replica.
-    local: this task's replicas.
+    cluster: the tasks that the strategy connects, and which of them this is.
   """
 
   strategy: tf.distribute.Strategy
-  first: int
-  local: int
+  cluster: Cluster
 
   @classmethod
   def of(cls, strategy: tf.distribute.Strategy) -> "Place":
+    """Finds the tasks of any strategy for one task or for tasks that mirror each other."""
     resolver = strategy.cluster_resolver
-    tasks = len(resolver.cluster_spec().as_dict().get("worker", [])) if resolver else 0
-    local = strategy.num_replicas_in_sync // max(tasks, 1)
-    return cls(strategy, (resolver.task_id if tasks else 0) * local, local)
+    jobs = resolver.cluster_spec().as_dict() if resolver else {}
+    chiefs, workers = (list(jobs.get(job, [])) for job in ("chief", "worker"))
+    if not workers:
+      return cls(strategy, Cluster())
+    before = len(chiefs) if resolver.task_type == "worker" else 0
+    return cls(strategy, Cluster((*chiefs, *workers), before + resolver.task_id))
 
   @property
   def replicas(self) -> int:
+    """How many there are over all tasks."""
     return self.strategy.num_replicas_in_sync
+
+  @property
+  def local(self) -> int:
+    """How many this task has."""
+    return self.replicas // self.cluster.num_tasks
+
+  @property
+  def first(self) -> int:
+    """Index of this task's first replica."""
+    return self.cluster.task_index * self.local
 
   @property
   def alone(self) -> bool:
     """Whether there is no other task."""
-    return self.local == self.replicas
-
-  @property
-  def is_chief(self) -> bool:
-    return self.first == 0
+    return self.cluster.num_tasks == 1
 
   def distribute(self, parts: list):
     """One value per local replica, as an argument of `strategy.run`."""

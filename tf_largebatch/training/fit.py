@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_largebatch.distributed.collectives import broadcast, gather
+from tf_largebatch.distributed.lost_tasks import report_lost_tasks
 from tf_largebatch.distributed.place import Place
 from tf_largebatch.errors import UserError
 from tf_largebatch.training import fit_checks, fit_data, fit_steps, keras_pass
@@ -69,6 +70,7 @@ def fit(
 
   Raises:
     UserError: the arguments do not fit, or something would depend on the cluster.
+    InterruptedRunError: another task was lost.
   """
   fit_checks.require_supported(model, ("train_step", "train_function"))
   place = Place.of(model.distribute_strategy)
@@ -80,7 +82,8 @@ def fit(
   if validation_data is not None:
     size = validation_batch_size or per_worker_batch_size
     loop.validation = EvaluationData(validation_data, place, size, validation_steps)
-  return loop.run(initial_epoch, epochs, validation_freq)
+  with report_lost_tasks(place.cluster, lambda: loop.steps_done):
+    return loop.run(initial_epoch, epochs, validation_freq)
 
 
 def evaluate(
@@ -145,9 +148,9 @@ def _callback_list(
   callbacks = [
     callback
     for callback in keras.tree.flatten(callbacks or [])
-    if place.is_chief or not isinstance(callback, _WRITERS)
+    if place.cluster.is_chief or not isinstance(callback, _WRITERS)
   ]
-  verbose = (1 if verbose == "auto" else verbose) if place.is_chief else 0
+  verbose = (1 if verbose == "auto" else verbose) if place.cluster.is_chief else 0
   return keras.callbacks.CallbackList(
     callbacks,
     add_history=True,
@@ -214,6 +217,7 @@ class _Fit:
     reset: the metrics' state before an epoch.
     stops_inside: whether a task's callbacks may end an epoch early.
     validation: the data of the evaluation after an epoch.
+    steps_done: so far.
   """
 
   model: keras.Model
@@ -225,6 +229,7 @@ class _Fit:
   reset: list
   stops_inside: bool
   validation: EvaluationData | None = None
+  steps_done: int = 0
   _evaluation: _Evaluation | None = None
 
   @classmethod
@@ -276,6 +281,7 @@ class _Fit:
   def _train_epoch(self, epoch: int) -> dict[str, Any]:
     """Trains one epoch and returns its loss and metrics."""
     callbacks, place = self.callbacks, self.place
+    watched = _watches_batches(callbacks.callbacks)
     totals = [tf.convert_to_tensor(value) for value in self.reset]
     before = None  # The facts of the step before, which are read while the next one runs.
     for number, (batch, facts) in enumerate(self.training.epoch(epoch)):
@@ -288,7 +294,8 @@ class _Fit:
         before = sums
         if self.stops_inside and sums.numpy()[0, fit_steps.STOP]:
           break  # This step changed nothing.
-      callbacks.on_train_batch_end(number, self.results(totals))
+      self.steps_done += 1
+      callbacks.on_train_batch_end(number, self.results(totals) if watched else None)
       if place.alone and self.model.stop_training:
         break
     if before is not None:

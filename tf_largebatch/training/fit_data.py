@@ -158,9 +158,9 @@ class TrainingData:
       return self._data.size // kn
     if not isinstance(self._data, tf.data.Dataset):
       return None
-    count = int(_rebatch(self._data, kn).cardinality())
-    if count == tf.data.INFINITE_CARDINALITY:
+    if int(self._data.cardinality()) == tf.data.INFINITE_CARDINALITY:
       raise UserError("The data set has no end; give steps_per_epoch.")
+    count = int(_rebatch(self._data, kn).cardinality())
     return None if count == tf.data.UNKNOWN_CARDINALITY else count
 
   def first_worker_batch(self):
@@ -189,6 +189,7 @@ class TrainingData:
     else:
       dataset = _rebatch(data if isinstance(data, tf.data.Dataset) else data(epoch), kn)
     if self._class_weight:
+      _require_class(dataset.element_spec)
       dataset = dataset.map(lambda *e: weigh(e, self._class_weight))
     return dataset
 
@@ -335,18 +336,19 @@ def _rebatch(dataset, size: int) -> tf.data.Dataset:
   return rebatched.map(lambda *e: tf.nest.map_structure(lambda x: _set_size(x, size), e))
 
 
+def _require_class(spec: tuple) -> None:
+  """Raises UserError unless elements are (x, y) with one y."""
+  if len(spec) != 2 or tf.nest.is_nested(spec[1]):
+    raise UserError("class_weight needs elements (x, y) with one y and no sample_weight.")
+
+
 def weigh(batch: tuple, class_weight: dict[int, float]) -> tuple:
   """Weighs examples by their class, as Keras does.
 
   Args:
     batch: (x, y), y being class numbers `[examples]` or `[examples, 1]`, or one-hot vectors.
     class_weight: class → weight; other classes have weight 1.
-
-  Raises:
-    UserError: the batch has no y, several, or weights already.
   """
-  if len(batch) != 2 or tf.nest.is_nested(batch[1]):
-    raise UserError("class_weight needs elements (x, y) with one y and no sample_weight.")
   y = batch[1]
   if y.shape.rank > 1:
     y = tf.argmax(y, axis=-1) if y.shape[-1] != 1 else tf.squeeze(y, axis=-1)

@@ -1,0 +1,307 @@
+"""What `fit` and `evaluate` take, against Keras' own with one worker, and what they refuse."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.training.fit_test import assert_equal, crossentropy, examples, float64, mlp, values
+from tf_largebatch import evaluate, fit, make_strategy, read_cluster
+from tf_largebatch.errors import UserError
+
+assert float64  # A fixture of every test here.
+
+
+def both(make, *data, expected_options=None, **options):
+  """Trains two equal models with Keras' `fit` and with ours, and compares all that they hold."""
+  stock, ours = make(), make()
+  n = options.pop("batch_size", 8)
+  expected = stock.fit(*data, batch_size=n, verbose=0, **options).history
+  actual = fit(ours, *data, workers=1, per_worker_batch_size=n, verbose=0, **options).history
+  assert_equal(values(ours), values(stock))
+  assert {k: pytest.approx(v, rel=1e-9) for k, v in expected.items()} == actual
+  return stock, ours
+
+
+def test_sample_weights_and_weighted_metrics():
+  x, y = examples(48)
+  weights = np.random.default_rng(1).uniform(0, 2, 48)
+  make = lambda: mlp(keras.optimizers.SGD(0.1), weighted_metrics=["accuracy"])  # noqa: E731
+  both(make, x, y, sample_weight=weights, shuffle=False, epochs=2)
+
+
+def test_class_weights():
+  x, y = examples(48)
+  make = lambda: mlp(keras.optimizers.SGD(0.1))  # noqa: E731
+  both(make, x, y, class_weight={0: 0.5, 2: 3.0}, shuffle=False)
+
+
+def two_headed():
+  """Two inputs, two outputs with losses of their own, an added loss and a loss weight."""
+  keras.utils.set_random_seed(0)
+
+  class Sparse(keras.layers.Layer):
+    def call(self, x):
+      self.add_loss(0.01 * keras.ops.mean(keras.ops.abs(x)))
+      return x
+
+  a, b = keras.Input((6,), name="a"), keras.Input((2,), name="b")
+  x = Sparse()(keras.layers.Dense(5, "tanh")(keras.layers.Concatenate()([a, b])))
+  outputs = {
+    "label": keras.layers.Dense(3, name="label")(x),
+    "value": keras.layers.Dense(1, name="value")(x),
+  }
+  model = keras.Model({"a": a, "b": b}, outputs)
+  model.compile(
+    keras.optimizers.Adam(0.01),
+    loss={"label": crossentropy(), "value": "mse"},
+    loss_weights={"label": 1.0, "value": 0.3},
+    metrics={"label": ["accuracy"], "value": ["mae"]},
+  )
+  return model
+
+
+def test_several_inputs_and_outputs_and_added_losses():
+  x, y = examples(48)
+  inputs, targets = {"a": x, "b": x[:, :2]}, {"label": y, "value": x.sum(1, keepdims=True)}
+  # Of whole batches: Keras does not weigh the losses of outputs by the size of a partial one.
+  validation = ({"a": x[:16], "b": x[:16, :2]}, {"label": y[:16], "value": x[:16, :1]})
+  both(two_headed, inputs, targets, shuffle=False, validation_data=validation, epochs=2)
+
+
+def test_moving_average_of_the_weights():
+  x, y = examples(56)
+  for frequency in (3, None):
+    optimizer = {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": frequency}
+    make = lambda: mlp(keras.optimizers.SGD(0.1, **optimizer))  # noqa: B023, E731
+    both(make, x, y, shuffle=False)
+
+
+def test_loss_scale_optimizer_and_mixed_precision():
+  """The scale is a power of two, so only steps that overflow are any different: the first ones."""
+  keras.config.set_floatx("float32")
+  x, y = (part.astype("float32") for part in examples(48))
+
+  def make():
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), 2.0**40)
+    return mlp(optimizer, dtype="mixed_float16")
+
+  stock, ours = make(), make()
+  options = {"shuffle": False, "verbose": 0, "epochs": 6}
+  stock.fit(x, y, batch_size=8, **options)
+  fit(ours, x, y, workers=1, per_worker_batch_size=8, **options)
+  assert float(ours.optimizer.dynamic_scale) == float(stock.optimizer.dynamic_scale) < 2.0**40
+  assert 0 < int(ours.optimizer.iterations) == int(stock.optimizer.iterations) < 36
+  assert_equal(ours.get_weights(), stock.get_weights(), 2e-3)
+
+
+def test_a_constraint():
+  keras.utils.set_random_seed(0)
+
+  def make():
+    keras.utils.set_random_seed(0)
+    constraint = keras.constraints.MaxNorm(0.3)
+    model = keras.Sequential(
+      [keras.Input((6,)), keras.layers.Dense(3, kernel_constraint=constraint)]
+    )
+    model.compile(keras.optimizers.SGD(0.5), crossentropy())
+    return model
+
+  both(make, *examples(32), shuffle=False)
+
+
+def test_frozen_weights_keep_their_bits():
+  x, y = examples(48)
+  model = mlp(keras.optimizers.AdamW(0.01))
+  model.layers[0].trainable = False
+  model.compile(keras.optimizers.AdamW(0.01), crossentropy())
+  before = [v.numpy() for v in model.variables]
+  fit(model, x, y, workers=3, per_worker_batch_size=4, verbose=0)
+  after = [v.numpy() for v in model.variables]
+  changed = [np.any(a != b) for a, b in zip(before, after, strict=True)]
+  # The frozen kernel; γ, β, the moving mean and variance, the last kernel and bias.
+  assert changed == [False, True, True, True, True, True, True]
+
+
+def test_evaluation_counts_each_example_once():
+  x, y = examples(45)
+  model = mlp(keras.optimizers.SGD(0.1))
+  found = evaluate(model, x, y, batch_size=8, return_dict=True, verbose=0)
+  logits = model.predict(x, verbose=0)
+  losses = -np.log(np.exp(logits)[np.arange(45), y] / np.exp(logits).sum(1))
+  regularization = float(sum(model.losses))
+  assert found["loss"] == pytest.approx(losses.mean() + regularization, rel=1e-12)
+  assert found["accuracy"] == pytest.approx(np.mean(logits.argmax(1) == y), rel=1e-6)
+  dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(7)
+  assert evaluate(model, dataset, verbose=0) == pytest.approx(list(found.values()), rel=1e-9)
+  expected = model.evaluate(dataset, steps=2, verbose=0)
+  assert evaluate(model, dataset, steps=2, verbose=0) == pytest.approx(expected, rel=1e-9)
+
+
+def trained(x, y=None, **options):
+  """All that a model holds after `fit` on some form of the same data."""
+  model = mlp(keras.optimizers.SGD(0.1, momentum=0.9))
+  options = {"workers": 2, "per_worker_batch_size": 4, "epochs": 2, "verbose": 0} | options
+  history = fit(model, x, y, shuffle=False, **options)
+  return values(model), len(history.epoch)
+
+
+def test_all_forms_of_the_same_data_train_the_same():
+  x, y = examples(43)  # 5 steps of 8, and 3 examples that are dropped.
+  expected, _ = trained(x, y)
+  dataset = tf.data.Dataset.from_tensor_slices((x, y))
+  unknown = dataset.batch(5).filter(lambda *_: True)
+  assert int(unknown.cardinality()) == tf.data.UNKNOWN_CARDINALITY
+  endless = dataset.take(40).repeat().batch(3)
+  for data, options in (
+    ((tf.constant(x), tf.constant(y)), {}),
+    ((dataset.batch(8),), {}),
+    ((dataset.batch(3),), {}),
+    ((unknown,), {}),
+    ((lambda epoch: dataset.batch(5),), {}),
+    ((endless,), {"steps_per_epoch": 5}),
+  ):
+    actual, epochs = trained(*data, **options)
+    assert_equal(actual, expected, 0)
+    assert epochs == 2
+
+
+def test_a_function_is_asked_for_each_epoch():
+  """A run that begins at epoch 1 sees what an uninterrupted one saw then."""
+  asked = []
+
+  def dataset(epoch):
+    asked.append(epoch)
+    return tf.data.Dataset.from_tensor_slices(examples(16, seed=epoch)).batch(16)
+
+  trained(dataset, epochs=3, initial_epoch=1)
+  assert asked[-2:] == [1, 2]
+
+
+def test_steps_per_epoch_go_on_where_the_last_epoch_stopped():
+  x, y = examples(48)
+  dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+  whole, _ = trained(dataset, epochs=1)
+  parts, _ = trained(dataset, epochs=3, steps_per_epoch=2)
+  assert_equal(parts, whole, 0)
+
+
+def test_arrays_are_permuted_by_seed_and_epoch():
+  x, y = examples(32)
+  seen = []
+
+  def record(epochs, **options):
+    seen.clear()
+    model = mlp(keras.optimizers.SGD(0.0))
+    watch = keras.callbacks.LambdaCallback(
+      on_train_batch_end=lambda _, logs: seen.append(logs["loss"])
+    )
+    options = {
+      "workers": 1,
+      "per_worker_batch_size": 8,
+      "verbose": 0,
+      "callbacks": [watch],
+    } | options
+    fit(model, x, y, epochs=epochs, **options)
+    return np.round(seen, 9).tolist()
+
+  two = record(2)
+  assert len(set(two)) == 8  # Other batches in each step and epoch.
+  assert two == record(2)
+  assert two[4:] == record(2, initial_epoch=1)
+  assert two != record(2, seed=1)
+
+
+class Largest(keras.metrics.Metric):
+  def __init__(self):
+    super().__init__(name="largest")
+    self.value = self.add_variable((), "zeros", name="value")
+
+  def update_state(self, y_true, y_pred, sample_weight=None):
+    self.value.assign(keras.ops.maximum(self.value, keras.ops.max(keras.ops.abs(y_pred))))
+
+  def result(self):
+    return self.value
+
+
+class OwnStep(keras.Sequential):
+  def train_step(self, data):
+    return super().train_step(data)
+
+
+def own_step():
+  model = OwnStep([keras.Input((6,)), keras.layers.Dense(3)])
+  model.compile("sgd", crossentropy())
+  return model
+
+
+def compiled(**options):
+  return mlp(keras.optimizers.SGD(0.1), **options)
+
+
+SUM = {"reduction": "sum", "from_logits": True}
+REFUSED = {
+  "not compiled": (lambda: keras.Sequential([keras.layers.Dense(3)]), {}, "is not compiled"),
+  "own train_step": (own_step, {}, "OwnStep overrides train_step"),
+  "sum": (
+    lambda: compiled(loss=keras.losses.SparseCategoricalCrossentropy(**SUM)),
+    {},
+    "not a mean over the examples",
+  ),
+  "maximum": (lambda: compiled(metrics=[Largest()]), {}, "'largest/value' does not add up"),
+  "eager": (lambda: compiled(run_eagerly=True), {}, "run_eagerly=True"),
+  "several steps": (lambda: compiled(steps_per_execution=2), {}, "steps_per_execution=2"),
+  "accumulation": (
+    lambda: mlp(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)),
+    {},
+    "give more workers",
+  ),
+  "no workers": (compiled, {"workers": 0}, "workers=0 is not a positive whole number"),
+  "half a worker": (compiled, {"per_worker_batch_size": 1.5}, "per_worker_batch_size=1.5"),
+  "few examples": (compiled, {"workers": 9}, r"fewer than the kn = 9 x 8 = 72 examples"),
+  "workers per pass": (compiled, {"workers_per_pass": 3}, "does not divide the 2 workers"),
+  "stock BN in groups": (
+    compiled, {"workers_per_pass": 2}, "'sequential.*/batch_normalization.*/moving_.*per_worker_"
+  ),
+  "class weights twice": (
+    compiled, {"class_weight": {0: 2.0}, "sample_weight": np.ones(64)}, "no sample_weight"
+  ),
+  "nothing left": (compiled, {"validation_split": 0.999}, "leaves training or validation"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_in_one_line(case):
+  make, options, message = REFUSED[case]
+  x, y = examples(64)
+  options = {"workers": 2, "per_worker_batch_size": 8, "verbose": 0} | options
+  with pytest.raises(UserError) as caught:
+    fit(make(), x, y, **options)
+  assert re.search(message, str(caught.value)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "data, message",
+  [
+    ((tf.data.Dataset.range(5),), "must be batches"),
+    ((tf.data.Dataset.range(5).batch(2), np.ones(5)), "part of the data set's elements"),
+    ((tf.data.Dataset.range(5).batch(2).repeat(),), "has no end"),
+    ((iter([]),), "give arrays, a tf.data.Dataset"),
+    ((np.ones((5, 6)), np.ones(4)), r"differ in their number of examples: \[4, 5\]"),
+    ((lambda epoch: 3,), r"x\(epoch\) returned int"),
+  ],
+)
+def test_refuses_other_data(data, message):
+  with pytest.raises(UserError, match=message):
+    fit(compiled(), *data, workers=1, per_worker_batch_size=2, verbose=0)
+
+
+def test_refuses_to_be_called_in_the_scope():
+  with tf.distribute.MirroredStrategy(["CPU:0"]).scope(), pytest.raises(UserError, match="outside"):
+    evaluate(compiled(), *examples(8))
+
+
+def test_the_strategy_of_one_device_is_the_default():
+  assert make_strategy(read_cluster({})) is tf.distribute.get_strategy()
