@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_largebatch import MomentumCorrectedSGD, evaluate, fit, make_strategy, read_cluster
+from tf_largebatch.training import fit_steps
 
 CLASSES, WORKERS, STEPS = 5, 6, 20
 
@@ -136,6 +137,28 @@ def variables(model):
   return [v.numpy() for v in (*model.variables, *model.optimizer.variables)]
 
 
+def count_collectives():
+  """Has `fit` print how many collectives a compiled step of training contains."""
+  make_fit_step = fit_steps.make_fit_step
+
+  def make_and_count(*arguments):
+    step, counted = make_fit_step(*arguments), []
+
+    def counting(*batch):
+      result = step(*batch)
+      if not counted:
+        graph = step.get_concrete_function(*batch).graph
+        nodes = [node.op for node in graph.as_graph_def().node]
+        nodes += [n.op for f in graph.as_graph_def().library.function for n in f.node_def]
+        counted.append(sum(op.startswith("CollectiveReduce") for op in nodes))
+        print("collectives in a step:", counted[0], flush=True)
+      return result
+
+    return counting
+
+  fit_steps.make_fit_step = make_and_count
+
+
 def main():
   parser = argparse.ArgumentParser()
   parser.add_argument("--out")
@@ -149,6 +172,7 @@ def main():
   keras.config.set_floatx(options.floatx)
   cluster = read_cluster()
   strategy = make_strategy(cluster)
+  count_collectives()
   for name in options.models:
     directory = os.path.join(options.out, f"{name}.files")
     model, history, found = train(name, strategy, directory)

@@ -79,7 +79,6 @@ def make_task_gather(strategy: tf.distribute.Strategy, tasks: int) -> Callable[.
 
 def broadcast(strategy: tf.distribute.Strategy, variables: list[keras.Variable]) -> None:
   """Gives all replicas the first replica's values of variables; waits for all replicas."""
-  carriers = [v.dtype if v.dtype in ("float32", "float64") else "float64" for v in variables]
 
   def assign(strategy, values):
     for variable, value in zip(variables, values, strict=True):
@@ -90,10 +89,8 @@ def broadcast(strategy: tf.distribute.Strategy, variables: list[keras.Variable])
   def replica():
     context = tf.distribute.get_replica_context()
     first = tf.convert_to_tensor(context.replica_id_in_sync_group) == 0
-    own = [
-      tf.cast(variable.value, carrier)
-      for variable, carrier in zip(variables, carriers, strict=True)
-    ]
+    # One dtype for all, which holds floats and integers up to 2^53 exactly.
+    own = [tf.cast(variable.value, tf.float64) for variable in variables]
     own = [tf.where(first, value, tf.zeros_like(value)) for value in own]
     context.merge_call(assign, args=(context.all_reduce(tf.distribute.ReduceOp.SUM, own),))
 

@@ -12,7 +12,7 @@ from tf_largebatch.distributed.collectives import broadcast, gather
 from tf_largebatch.distributed.lost_tasks import report_lost_tasks
 from tf_largebatch.distributed.place import Place
 from tf_largebatch.errors import UserError
-from tf_largebatch.training import fit_checks, fit_data, fit_steps, keras_pass
+from tf_largebatch.training import fit_checks, fit_data, fit_steps, keras_pass, passes
 from tf_largebatch.training.fit_data import Arrays, EvaluationData, TrainingData, Workers
 
 # Stock callbacks that write files: they run on the chief alone.
@@ -216,6 +216,7 @@ class _Fit:
     step, results: see `fit_steps`.
     reset: the metrics' state before an epoch.
     stops_inside: whether a task's callbacks may end an epoch early.
+    draws: states of random seeds, and by how much a step changes each.
     validation: the data of the evaluation after an epoch.
     steps_done: so far.
   """
@@ -228,6 +229,7 @@ class _Fit:
   results: Callable
   reset: list
   stops_inside: bool
+  draws: list[tuple[keras.Variable, np.ndarray]]
   validation: EvaluationData | None = None
   steps_done: int = 0
   _evaluation: _Evaluation | None = None
@@ -238,7 +240,12 @@ class _Fit:
     keras_pass.build(model, first)
     made = keras_pass.trained(model, first)
     fit_checks.require_sums(made, first)
-    fit_checks.require_equal_workers(made, first, workers.per_pass)
+    changes = fit_checks.require_equal_workers(made, first, workers.per_pass)
+    draws = [
+      (variable, change)
+      for variable, change in zip(made.variables.counters, changes, strict=True)
+      if passes.is_seed(variable)
+    ]
     stops_inside = not place.alone and _watches_batches(callbacks)
     replica_batch = tf.nest.map_structure(
       lambda x: tf.TensorSpec([workers.count // place.replicas, *x.shape], x.dtype), first
@@ -246,14 +253,13 @@ class _Fit:
     step = fit_steps.make_fit_step(made, place, replica_batch, workers, stops_inside)
     chosen = _callback_list(model, place, callbacks, verbose, epochs=epochs, steps=training.steps)
     results = fit_steps.make_results(made)
-    return cls(model, place, training, chosen, step, results, made.reset, stops_inside)
+    return cls(model, place, training, chosen, step, results, made.reset, stops_inside, draws)
 
   def run(self, initial_epoch: int, epochs: int, validation_freq) -> keras.callbacks.History:
     """Trains and evaluates the epochs."""
     model, logs = self.model, None
     model.stop_training = False
-    self.callbacks.on_train_begin()
-    for epoch in range(self._synchronise(initial_epoch), epochs):
+    for epoch in range(self._begin(initial_epoch), epochs):
       self.callbacks.on_epoch_begin(epoch)
       logs = self._train_epoch(epoch)
       if self.validation is not None and _evaluates(epoch, validation_freq):
@@ -269,13 +275,22 @@ class _Fit:
     self.callbacks.on_train_end(logs)
     return model.history
 
-  def _synchronise(self, initial_epoch: int) -> int:
-    """Gives all tasks what a callback of the chief restored; returns the first epoch."""
-    first = getattr(self.model, "_initial_epoch", None) or initial_epoch
+  def _begin(self, initial_epoch: int) -> int:
+    """Lets callbacks restore and gives all tasks the chief's state; returns the first epoch."""
+    model, strategy = self.model, self.place.strategy
+    before = getattr(model, "_initial_epoch", None)
+    self.callbacks.on_train_begin()
+    restored = getattr(model, "_initial_epoch", None)
+    if restored and restored != before:
+      # Keras does not save the states of seeds with the weights.
+      iterations = int(model.optimizer.iterations.numpy())
+      steps = restored * self.training.steps if self.training.steps else iterations
+      for variable, change in self.draws:
+        variable.assign(variable.numpy() + change * steps)
+    first = restored or initial_epoch
     if self.place.alone:
       return first
-    strategy = self.place.strategy
-    broadcast(strategy, [*self.model.variables, *self.model.optimizer.variables])
+    broadcast(strategy, [*model.variables, *model.optimizer.variables])
     return int(gather(strategy, first)[0])
 
   def _train_epoch(self, epoch: int) -> dict[str, Any]:

@@ -102,23 +102,34 @@ def require_sums(keras_pass: KerasPass, batch) -> None:
       )
 
 
-def require_equal_workers(keras_pass: KerasPass, batch, workers_per_pass: int) -> None:
+def require_equal_workers(keras_pass: KerasPass, batch, workers_per_pass: int) -> list[np.ndarray]:
   """Checks that all workers change integers alike, and that several can share a pass.
+
+  Returns:
+    By how much a step changes each counter.
 
   Raises:
     UserError: they do not, or cannot.
   """
   variables, values = keras_pass.variables, keras_pass.variables.values()
   run = tf.function(keras_pass.forward(1.0), autograph=False)
-  (_, first, counters, _), (_, _, other, _) = (run(values, tf.constant(w), batch) for w in (0, 1))
+  _, first, counters, _ = run(values, tf.constant(0), batch)
+  _, _, other, _ = run(values, tf.constant(1), tf.nest.map_structure(tf.zeros_like, batch))
   for variable, a, b in zip(variables.counters, counters, other, strict=True):
     if not np.array_equal(a, b):
       raise UserError(
         f"The integer variable {variable.path!r} changes by another amount for each worker, so it "
         "has no value that all share; keep it out of the model, or make it a float."
       )
-  if workers_per_pass == 1:
-    return
+  if workers_per_pass > 1:
+    _require_groups(keras_pass, batch, workers_per_pass, first)
+  return [new.numpy() - old.numpy() for new, old in zip(counters, values.counters, strict=True)]
+
+
+def _require_groups(keras_pass: KerasPass, batch, workers_per_pass: int, first: list) -> None:
+  """Checks that workers that share a pass have no random numbers, and statistics of their own."""
+  variables, values = keras_pass.variables, keras_pass.variables.values()
+  run = tf.function(keras_pass.forward(1.0), autograph=False)
   if variables.counters:
     raise UserError(
       f"workers_per_pass={workers_per_pass} does not work with "

@@ -107,9 +107,14 @@ def call(variables: Variables, values: Values, worker, body: Callable[[], Any], 
   return result, statistics, counters, scope
 
 
+def is_seed(variable: keras.Variable) -> bool:
+  """Whether a variable is the state of a `keras.random.SeedGenerator`: (seed, count of draws)."""
+  return variable.name == "seed_generator_state"
+
+
 def _seed_shift(variable: keras.Variable, worker):
   """What separates a worker's seed from worker 0's; None for other integers."""
-  if variable.name != "seed_generator_state":
+  if not is_seed(variable):
     return None
   shift = tf.cast(worker, variable.dtype) * tf.constant(_SEED_STRIDE, variable.dtype)
   return tf.stack([shift, tf.zeros_like(shift)])
@@ -197,7 +202,7 @@ def _make_pass(forward: Callable, workers: int, workers_per_pass: int) -> Callab
 def total(gradients: list, others: Any, options: RunOptions = RunOptions()):  # noqa: B008 (frozen)
   """Sums gradients and others (nested) over the replicas, in replica context.
 
-  All of them in one reduction, or two if the dtypes differ. A pack of gradients is sent as soon as
+  All of them in one reduction, or in one for each dtype. A pack of gradients is sent as soon as
   the last pass' backprop has completed it. If XLA compiles the passes, all results come at once.
   """
   communication = tf.distribute.experimental.CommunicationOptions(
@@ -205,9 +210,15 @@ def total(gradients: list, others: Any, options: RunOptions = RunOptions()):  # 
   )
 
   def reduce(addends):
-    return tf.distribute.get_replica_context().all_reduce(
-      tf.distribute.ReduceOp.SUM, addends, communication
-    )
+    totals = list(addends)
+    for dtype in dict.fromkeys(addend.dtype for addend in addends):
+      places = [index for index, addend in enumerate(addends) if addend.dtype == dtype]
+      reduced = tf.distribute.get_replica_context().all_reduce(
+        tf.distribute.ReduceOp.SUM, [addends[index] for index in places], communication
+      )
+      for index, value in zip(places, reduced, strict=True):
+        totals[index] = value
+    return totals
 
   rest = tf.nest.flatten(others)
   if options.allreduce_dtype == "bfloat16":
