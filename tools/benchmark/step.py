@@ -16,6 +16,7 @@ ones, while the others wait.
                   on how fast the machine is
   keras           the same network of stock Keras layers with Keras' SGD, in a plain compiled step
   fit             the same with `Model.fit`
+  our_fit         the same with this package's `fit`
   torch           the same network in PyTorch, eager, channels_last (16 bits: with autocast)
   torch_compiled  the same with `torch.compile`
 
@@ -24,6 +25,7 @@ A contender takes options, as in `ours:workers=8:tasks=2`:
   bytes_per_pack;
 - environment variables (TF_ENABLE_ONEDNN_OPTS=0);
 - cores: how many logical CPUs to use;
+- layers (only fit and our_fit): "stock" or "ours", whose model and optimizer it trains;
 - tasks (only ours): processes that train together and share the cores evenly.
 Keras and PyTorch process the kn images of k workers in k passes and accumulate the gradients, as is
 usual there; fit makes k updates instead.

@@ -56,16 +56,17 @@ def test_a_real_run(tmp_path):
   process = run_module(
     "tools.benchmark.step",
     *("--network=resnet8", "--image_size=8", "--per_worker_batch_size=2", "--repeats=2"),
-    "--contenders=ours:workers=2:tasks=2,loop,keras:workers=2,fit,torch:network=resnet50",
+    "--contenders=ours:workers=2:tasks=2,loop,keras:workers=2,fit,our_fit:workers=2,"
+    "torch:network=resnet50",
     *(f"--json={path}", "--profile"),
     timeout=240,
   )
   assert process.returncode == 0, process.stderr
   found = json.loads(path.read_text())
   rows = found["contenders"]
-  expected = ["ours:workers=2:tasks=2", "loop", "keras:workers=2", "fit"]
-  assert list(rows)[:4] == expected
-  assert [rows[name]["passes"] for name in expected] == [1, 1, 2, 1]
+  expected = ["ours:workers=2:tasks=2", "loop", "keras:workers=2", "fit", "our_fit:workers=2"]
+  assert list(rows)[:5] == expected
+  assert [rows[name]["passes"] for name in expected] == [1, 1, 2, 1, 2]
   for name in expected:
     row = rows[name]
     assert any("Conv2DBackpropFilter" in operation for operation in row["operations"])

@@ -10,7 +10,7 @@ from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
 from tools.forecasting.layers import usual_classes
 
-KINDS = ("ours", "loop", "keras", "fit", "torch", "torch_compiled")
+KINDS = ("ours", "loop", "keras", "fit", "our_fit", "torch", "torch_compiled")
 # Run options that decide how a step is computed.
 STEP_OPTIONS = ("workers_per_pass", "jit_compile", "allreduce_dtype", "bytes_per_pack")
 _MOST_TASKS = 1000
@@ -28,6 +28,7 @@ class Contender:
     environment: variables that its process gets.
     tasks: processes that train together.
     cores: logical CPUs that all its tasks share; None: all.
+    layers: "stock" or "ours": whose model and optimizer `fit` and `our_fit` train.
   """
 
   name: str
@@ -37,6 +38,12 @@ class Contender:
   environment: dict
   tasks: int = 1
   cores: int | None = None
+  layers: str = "stock"
+
+  @property
+  def is_ours(self) -> bool:
+    """Whether it trains this package's model, and so in its environment."""
+    return self.kind in ("ours", "loop") or self.layers == "ours"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +78,7 @@ def parse_contender(text: str, recipe: dict, step_options: dict) -> Contender:
     raise UserError(f"--contenders={text}: unknown kind {kind!r}; use one of {', '.join(KINDS)}.")
   recipe, step_options, environment = dict(recipe), dict(step_options), {}
   available = len(os.sched_getaffinity(0))
-  own = {"tasks": 1, "cores": available}
+  own = {"tasks": 1, "cores": available, "layers": "stock"}
   for setting in settings:
     name, _, value = setting.partition("=")
     if name.isupper():
@@ -79,7 +86,9 @@ def parse_contender(text: str, recipe: dict, step_options: dict) -> Contender:
       continue
     with contextlib.suppress(ValueError):
       value = json.loads(value)
-    if name in own:
+    if name == "layers" and kind in ("fit", "our_fit") and value in ("stock", "ours"):
+      own[name] = value
+    elif name in ("tasks", "cores"):
       own[name] = value
       most = available if name == "cores" else _MOST_TASKS
       if type(value) is not int or not 1 <= value <= most:

@@ -24,6 +24,7 @@ _MAKERS = {
   "loop": make_ours,
   "keras": make_keras,
   "fit": make_fit,
+  "our_fit": make_fit,
   "torch": make_torch,
   "torch_compiled": make_torch,
   "product": make_product,
@@ -40,7 +41,7 @@ def serve():
   first = next(messages)
   contender = Contender(**first["contender"])
   _set_affinity(contender, first["task"])
-  if contender.kind in ("ours", "loop"):  # The others run with their own defaults.
+  if contender.is_ours:  # The others run with their own defaults.
     train.set_environment(Recipe(**contender.recipe))
   elif contender.kind == "product":
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")

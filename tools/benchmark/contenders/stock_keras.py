@@ -1,6 +1,8 @@
 """Stock Keras as a contender: a plain compiled step, and `Model.fit`."""
 
 import functools
+import queue
+import threading
 
 from tf_largebatch.recipe import Recipe
 from tools.benchmark.contenders.contender import Contender, Runner, random_batch
@@ -57,22 +59,59 @@ def make_keras(contender: Contender, cluster) -> Runner:
 
 
 def make_fit(contender: Contender, cluster) -> Runner:
+  """Keras' `fit`, or this package's, on the same model."""
   import keras
   import tensorflow as tf
 
+  from tf_largebatch import fit
+  from tf_largebatch.models.networks import build_model
+  from tf_largebatch.optim.optimizers import build_optimizer
+
   recipe = Recipe(**contender.recipe)
-  model, optimizer = _build(recipe)
+  if contender.is_ours:
+    model = build_model(recipe, usual_classes(recipe.network))
+    optimizer = build_optimizer(recipe, 1_281_167)
+  else:
+    model, optimizer = _build(recipe)
   jit = contender.step_options.get("jit_compile")
   model.compile(
     optimizer,
     keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     jit_compile="auto" if jit is None else jit,
   )
-  batch = tuple(tf.constant(x) for x in random_batch(recipe, recipe.per_worker_batch_size))
+  n, k = recipe.per_worker_batch_size, recipe.workers
+  ours = contender.kind == "our_fit"
+  batch = tuple(tf.constant(x) for x in random_batch(recipe, n * k if ours else n))
   data = tf.data.Dataset.from_tensors(batch).cache().repeat()
+  allowed, losses = queue.SimpleQueue(), queue.SimpleQueue()
+
+  class Gate(keras.callbacks.Callback):
+    """Takes a step when `run` allows it: a new call of `fit` would be timed with its start."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+      allowed.get()
+
+    def on_train_batch_end(self, batch, logs=None):
+      losses.put(logs["loss"])
+
+  def train():
+    options = {"steps_per_epoch": 10**9, "verbose": 0, "callbacks": [Gate()]}
+    try:
+      if ours:
+        fit(model, data, workers=k, per_worker_batch_size=n, **options)
+      else:
+        model.fit(data, **options)
+    except Exception as error:
+      losses.put(error)
 
   def run(steps: int) -> float:
-    history = model.fit(data, epochs=1, steps_per_epoch=steps * recipe.workers, verbose=0)
-    return history.history["loss"][-1]
+    steps = steps if ours else steps * k
+    for _ in range(steps):
+      allowed.put(None)
+    for loss in [losses.get() for _ in range(steps)]:
+      if isinstance(loss, Exception):
+        raise loss
+    return loss
 
-  return Runner(run, recipe.workers)
+  threading.Thread(target=train, daemon=True).start()
+  return Runner(run, k)
