@@ -109,3 +109,25 @@ def test_one_worker_against_keras(name):
   assert actual.keys() == expected.keys()
   for key, series in expected.items():
     np.testing.assert_allclose(actual[key], series, rtol=1e-6 if "acc" in key else 1e-12)
+
+
+def test_each_worker_draws_numbers_of_its_own():
+  """The gradient of |100 − Σ mask · w| by w is minus the mask, which holds 0 and 2."""
+  moved = {}
+  for workers in (1, 2):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+      [
+        keras.Input((200,)),
+        keras.layers.Dropout(0.5, seed=1),
+        keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros"),
+      ]
+    )
+    model.compile(keras.optimizers.SGD(1.0), "mae")
+    x, y = np.ones((workers, 200)), np.full((workers, 1), 1e6)
+    fit(model, x, y, workers=workers, per_worker_batch_size=1, verbose=0)
+    moved[workers] = model.get_weights()[0][:, 0]
+  assert set(moved[1]) == {0.0, 2.0}
+  assert set(moved[2]) == {0.0, 1.0, 2.0}
+  second = 2 * moved[2] - moved[1]  # Worker 0 drops what Keras does.
+  assert set(second) == {0.0, 2.0} and np.any(second != moved[1])
