@@ -27,6 +27,8 @@ def test_the_defaults_are_the_papers():
     "channel_std": None,
     "dtype": "float32",
     "workers": None,
+    "decay_power": 2.0,
+    "trust_coefficient": 0.001,
     **PAPER,
     "seed": 0,
   }

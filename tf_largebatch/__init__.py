@@ -6,6 +6,7 @@ The names below are imported on first use, so that `Recipe` and `RunOptions` nee
 import importlib
 
 _MODULES = {
+  "LARS": "optim.lars",
   "LinearScalingSchedule": "optim.schedule",
   "MomentumCorrectedSGD": "optim.sgd",
   "PerWorkerBatchNormalization": "models.normalization",

@@ -39,6 +39,8 @@ NETWORKS = {
 _SCALINGS = {"linear": lambda ratio: ratio, "sqrt": math.sqrt, "none": lambda ratio: 1.0}
 SCALINGS = tuple(_SCALINGS)
 WARMUPS = ("gradual", "constant", "none")
+DECAYS = ("steps", "cosine", "polynomial")
+OPTIMIZERS = ("momentum_corrected_sgd", "lars")
 AUGMENTATIONS = ("area_crop", "pad_crop", "none")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -134,6 +136,13 @@ class Recipe:
     choices=WARMUPS,
   )
   warmup_epochs: float = declare(5.0, "Length of the warmup in epochs.", at_least=0)
+  decay: str = declare(
+    "steps",
+    "How the rate falls after the warmup. steps: at decay_epochs (the paper's). cosine: by half a "
+    "cosine to 0 at the end. polynomial: by (1 - p)^decay_power, p from 0 to 1 at the end.",
+    choices=DECAYS,
+  )
+  decay_power: float = declare(2.0, "Power of the polynomial decay.", above=0)
   decay_epochs: tuple[float, ...] = declare(
     (30.0, 60.0, 80.0),
     "Epochs at which the rate is multiplied by decay_factor, in increasing order.",
@@ -141,6 +150,13 @@ class Recipe:
     below=2**31,
   )
   decay_factor: float = declare(0.1, "Factor of each decay of the rate.", above=0)
+  optimizer: str = declare(
+    "momentum_corrected_sgd",
+    "momentum_corrected_sgd: the paper's. lars: the same with each kernel's gradient scaled to "
+    "trust_coefficient times the kernel's norm.",
+    choices=OPTIMIZERS,
+  )
+  trust_coefficient: float = declare(0.001, "Trust coefficient of lars.", above=0)
   momentum: float = declare(0.9, "m, the momentum of SGD.", at_least=0, below=1)
   nesterov: bool = declare(True, "Use Nesterov momentum.")
   momentum_correction: bool = declare(

@@ -119,6 +119,24 @@ def test_other_epochs(epochs, expected):
   assert_rates(LinearScalingSchedule(10, 512, **epochs), expected)
 
 
+@pytest.mark.parametrize(
+  "decay, rates",
+  [
+    # T_w = 20 of T = 100 steps; at p = 0, 1/4, 1/2 and 1, and beyond the end.
+    ({"decay": "cosine"}, {20: 0.2, 40: 0.1 + 0.05 * 2**0.5, 60: 0.1, 100: 0, 120: 0}),
+    ({"decay": "polynomial"}, {20: 0.2, 40: 0.2 * 9 / 16, 60: 0.05, 100: 0, 120: 0}),
+    ({"decay": "polynomial", "decay_power": 1}, {20: 0.2, 40: 0.15, 60: 0.1, 100: 0, 120: 0}),
+  ],
+)
+def test_smooth_decays_begin_at_the_peak_and_end_with_the_run(decay, rates):
+  """The warmup is that of the paper, and the boundaries of the step decay have no effect."""
+  schedule = LinearScalingSchedule(10, 512, warmup_epochs=2, decay_epochs=(3,), epochs=10, **decay)
+  np.testing.assert_allclose(
+    [float(schedule.exact(step)) for step in rates], list(rates.values()), rtol=1e-13, atol=1e-16
+  )
+  assert_rates(schedule, {0: 0.1, 1: 0.105, 19: 0.195})
+
+
 def test_large_int64_steps_in_a_graph():
   """Steps above 2^24, where float32 merges neighbours, and above 2^31, where int32 overflows."""
   schedule = LinearScalingSchedule(20_000_001, 8192, warmup_epochs=1, decay_epochs=(200,))
@@ -139,6 +157,9 @@ def test_config_round_trip():
     "decay_epochs": (2.0, 4.0),
     "decay_factor": 0.25,
     "name": "rates",
+    "decay": "steps",
+    "decay_power": 3.0,
+    "epochs": 5,
   }
   schedule = LinearScalingSchedule(**config)
   serialized = keras.optimizers.schedules.serialize(schedule)
@@ -202,6 +223,7 @@ def test_every_warmup_of_the_recipe_has_a_rate():
   "bad",
   [
     {"scaling": "cubic"},
+    {"decay": "sudden"},
     {"warmup": "slow"},
     {"steps_per_epoch": 0},
     {"global_batch_size": 0},
@@ -215,6 +237,19 @@ def test_rejects_bad_arguments(bad):
   ((name, value),) = bad.items()
   with pytest.raises(UserError, match=f"{name}.*{value}"):
     LinearScalingSchedule(**{"steps_per_epoch": 10, "global_batch_size": 512, **bad})
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"decay": "cosine"}, "needs epochs above the warmup's, not None"),
+    ({"decay": "cosine", "epochs": 5}, "needs epochs above the warmup's, not 5"),
+    ({"decay": "polynomial", "epochs": 9, "decay_power": -1.0}, "decay_power=-1.0"),
+  ],
+)
+def test_a_smooth_decay_needs_an_end(options, message):
+  with pytest.raises(UserError, match=message):
+    LinearScalingSchedule(10, 512, **options)
 
 
 def test_a_data_sets_cardinality_is_converted():

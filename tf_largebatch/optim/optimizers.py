@@ -1,5 +1,8 @@
 """The recipe's optimizer with its schedule."""
 
+import functools
+
+from tf_largebatch.optim.lars import LARS
 from tf_largebatch.optim.schedule import LinearScalingSchedule
 from tf_largebatch.optim.sgd import MomentumCorrectedSGD
 from tf_largebatch.recipe import Recipe
@@ -19,8 +22,14 @@ def build_optimizer(
     warmup_epochs=recipe.warmup_epochs,
     decay_epochs=recipe.decay_epochs,
     decay_factor=recipe.decay_factor,
+    decay=recipe.decay,
+    decay_power=recipe.decay_power,
+    epochs=recipe.epochs,
   )
-  return MomentumCorrectedSGD(
+  optimizer = MomentumCorrectedSGD
+  if recipe.optimizer == "lars":
+    optimizer = functools.partial(LARS, trust_coefficient=recipe.trust_coefficient)
+  return optimizer(
     schedule,
     momentum=recipe.momentum,
     nesterov=recipe.nesterov,

@@ -6,13 +6,32 @@ import keras
 import tensorflow as tf
 
 from tf_largebatch.errors import UserError
-from tf_largebatch.recipe import WARMUPS, scaled_learning_rate, warms_up
+from tf_largebatch.recipe import DECAYS, WARMUPS, scaled_learning_rate, warms_up
 
 # The rate during the warmup from η, η̂ and t / T_w (§2.2), by name; "none" has no warmup.
 _WARMUP_RATES = {
   "gradual": lambda reference, peak, progress: reference + (peak - reference) * progress,
   "constant": lambda reference, peak, progress: reference,
 }
+
+
+# Share of the peak rate that is left after the warmup, from the share p in [0, 1] of the way to the
+# end and the power, by name; "steps" does not depend on p.
+_SMOOTH_DECAYS = {
+  "cosine": lambda progress, power: (1 + tf.cos(math.pi * progress)) / 2,
+  "polynomial": lambda progress, power: (1 - progress) ** power,
+}
+
+
+def _require_choice(name: str, value, choices: tuple[str, ...]) -> None:
+  if value not in choices:
+    raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(choices)}.")
+
+
+def _require_in_range(name: str, *values: float) -> None:
+  if not all(0 <= value < math.inf for value in values):
+    text = ",".join(map(str, values))
+    raise UserError(f"{name}={text} is out of range; it must be finite and at least 0.")
 
 
 def _to_int(name: str, value) -> int:
@@ -50,9 +69,14 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
   · steps per epoch, each rounded to a whole step. Only minibatches above 256 images warm up (§5.3).
   The warmup does not shift the boundaries; one that lies inside it takes effect at T_w. Ablations:
   "constant" warmup keeps the rate at η for t < T_w, and "none" starts at η̂; "sqrt" scaling sets
-  η̂ = η · √(kn / 256), and "none" sets η̂ = η.
+  η̂ = η · √(kn / 256), and "none" sets η̂ = η. Two other decays leave the warmup and the scaling as
+  they are; with p = (t − T_w) / (T − T_w) and T the steps of the run, after the warmup
 
-  Source: Goyal et al. 2017 (arXiv 1706.02677), §2.1, §2.2, §5.1, §5.3.
+      η_t = η̂ · (1 + cos πp) / 2                      (decay "cosine")
+      η_t = η̂ · (1 − p)^power                         (decay "polynomial")
+
+  Source: Goyal et al. 2017 (arXiv 1706.02677), §2.1, §2.2, §5.1, §5.3; Loshchilov and Hutter 2017
+  (arXiv 1608.03983), eq. 5; You et al. 2017 (arXiv 1708.03888), §5 (power 2).
 
   Args:
     steps_per_epoch: steps in one pass over the training set; an int, or a tensor such as the
@@ -65,14 +89,17 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
     warmup_epochs: length of the warmup in epochs.
     decay_epochs: epochs at which the rate is multiplied by `decay_factor`, in increasing order.
     decay_factor: f.
+    decay: "steps", "cosine" or "polynomial".
+    decay_power: of the polynomial.
+    epochs: of the whole run; needed unless `decay` is "steps".
     name: name of the schedule's operations.
 
   Call: maps a step (integer scalar) to η_t (scalar in Keras' `floatx`, as every optimizer of Keras
     takes it). `exact` returns η_t in float64.
 
   Raises:
-    UserError (a ValueError): scaling or warmup is unknown, a count is below 1, or a rate, epoch or
-      factor is negative or not finite.
+    UserError (a ValueError): scaling, warmup or decay is unknown, a count is below 1, a rate, an
+      epoch, factor or power is negative or not finite, or a smooth decay ends before the warmup.
   """
 
   def __init__(
@@ -87,10 +114,13 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
     decay_epochs=(30.0, 60.0, 80.0),
     decay_factor=0.1,
     name="LinearScalingSchedule",
+    decay="steps",
+    decay_power=2.0,
+    epochs=None,
   ):
     super().__init__()
-    if warmup not in WARMUPS:
-      raise UserError(f"warmup={warmup!r} is unknown; use one of {', '.join(WARMUPS)}.")
+    _require_choice("warmup", warmup, WARMUPS)
+    _require_choice("decay", decay, DECAYS)
     steps_per_epoch = _to_int("steps_per_epoch", steps_per_epoch)
     global_batch_size = _to_int("global_batch_size", global_batch_size)
     reference_batch_size = _to_int("reference_batch_size", reference_batch_size)
@@ -99,16 +129,11 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
         "steps_per_epoch, global_batch_size and reference_batch_size must be at least 1, not "
         f"{steps_per_epoch}, {global_batch_size} and {reference_batch_size}."
       )
-    given = {
-      "reference_learning_rate": (reference_learning_rate,),
-      "warmup_epochs": (warmup_epochs,),
-      "decay_epochs": tuple(decay_epochs),
-      "decay_factor": (decay_factor,),
-    }
-    for argument, values in given.items():
-      if not all(0 <= value < math.inf for value in values):
-        text = ",".join(map(str, values))
-        raise UserError(f"{argument}={text} is out of range; it must be finite and at least 0.")
+    _require_in_range("reference_learning_rate", reference_learning_rate)
+    _require_in_range("warmup_epochs", warmup_epochs)
+    _require_in_range("decay_epochs", *decay_epochs)
+    _require_in_range("decay_factor", decay_factor)
+    _require_in_range("decay_power", decay_power)
     self.steps_per_epoch = steps_per_epoch
     self.global_batch_size = global_batch_size
     self.reference_learning_rate = reference_learning_rate
@@ -126,6 +151,14 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
     if warms_up(warmup, global_batch_size, reference_batch_size):
       self.warmup_steps = round(warmup_epochs * steps_per_epoch)
     self.decay_steps = tuple(round(epoch * steps_per_epoch) for epoch in self.decay_epochs)
+    self.decay = decay
+    self.decay_power = decay_power
+    self.epochs = epochs
+    self.total_steps = None if epochs is None else round(epochs * steps_per_epoch)
+    if decay != "steps" and not (self.total_steps or 0) > self.warmup_steps:
+      raise UserError(
+        f"decay={decay!r} ends with the run, so it needs epochs above the warmup's, not {epochs}."
+      )
 
   def __call__(self, step):
     return tf.cast(self.exact(step), keras.config.floatx())
@@ -136,15 +169,22 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
     reference = tf.constant(self.reference_learning_rate, tf.float64)
     peak = tf.constant(self.peak_learning_rate, tf.float64)
     with tf.name_scope(self.name):
-      decays = tf.add_n(
-        [tf.cast(step >= boundary, tf.float64) for boundary in self.decay_steps]
-        or [tf.zeros([], tf.float64)]
-      )
-      rate = peak * tf.constant(self.decay_factor, tf.float64) ** decays
+      rate = peak * self._share_left(step)
       if self.warmup_steps == 0:
         return rate
       warm = _WARMUP_RATES[self.warmup](reference, peak, step / self.warmup_steps)
       return tf.where(step < self.warmup_steps, warm, rate)
+
+  def _share_left(self, step):
+    """η_t / η̂ after the warmup."""
+    if self.decay == "steps":
+      decays = tf.add_n(
+        [tf.cast(step >= boundary, tf.float64) for boundary in self.decay_steps]
+        or [tf.zeros([], tf.float64)]
+      )
+      return tf.constant(self.decay_factor, tf.float64) ** decays
+    progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+    return _SMOOTH_DECAYS[self.decay](tf.clip_by_value(progress, 0, 1), self.decay_power)
 
   def get_config(self):
     return {
@@ -158,4 +198,7 @@ class LinearScalingSchedule(keras.optimizers.schedules.LearningRateSchedule):
       "decay_epochs": self.decay_epochs,
       "decay_factor": self.decay_factor,
       "name": self.name,
+      "decay": self.decay,
+      "decay_power": self.decay_power,
+      "epochs": self.epochs,
     }

@@ -217,14 +217,20 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
     dtype = variable.dtype
     by = {name: tf.cast(value, dtype) for name, value in coefficients.items()}
     gradient = tf.cast(tf.convert_to_tensor(gradient), dtype)
-    if decayed and self.coupled_weight_decay:
-      gradient += tf.constant(self.coupled_weight_decay, dtype) * variable
+    if decayed:
+      gradient = self._decay(gradient, variable)
     velocity = by["decay"] * buffer + by["scale"] * gradient
     buffer.assign(velocity)
     update = by["moves_buffer"] * velocity
     if self.nesterov:
       update += by["moves_gradient"] * gradient
     variable.assign_sub(update)
+
+  def _decay(self, gradient, variable):
+    """Adds the gradient of the weight decay to that of a decayed variable."""
+    if not self.coupled_weight_decay:
+      return gradient
+    return gradient + tf.constant(self.coupled_weight_decay, gradient.dtype) * variable
 
   def get_config(self):
     learning_rate = self._learning_rate

@@ -29,7 +29,7 @@ def log_arithmetic(recipe: Recipe, derived: dict, validation_examples: int, clus
     f"{recipe.global_batch_size}",
     f"peak rate = {recipe.reference_learning_rate:g} -> {recipe.peak_learning_rate:g} "
     f"({recipe.learning_rate_scaling} scaling from {recipe.reference_batch_size}); warmup: "
-    f"{_warmup(recipe)}; x{recipe.decay_factor:g} at epochs {_decays(recipe)}",
+    f"{_warmup(recipe)}; {_decays(recipe)}",
     f"steps = {recipe.epochs} epochs x {derived['steps_per_epoch']} = {derived['total_steps']}",
     f"{derived['workers_per_replica']} workers per replica; "
     + ", ".join(f"{name} {value}" for name, value in cluster.items()),
@@ -46,9 +46,12 @@ def _warmup(recipe: Recipe) -> str:
 
 
 def _decays(recipe: Recipe) -> str:
+  if recipe.decay != "steps":
+    return f"{recipe.decay} decay to 0 at epoch {recipe.epochs}"
   decays = ", ".join(f"{epoch:g}" for epoch in recipe.decay_epochs) or "none"
   late = sum(epoch >= recipe.epochs for epoch in recipe.decay_epochs)
-  return f"{decays} ({late} of them after the end)" if late else decays
+  text = f"x{recipe.decay_factor:g} at epochs {decays}"
+  return f"{text} ({late} of them after the end)" if late else text
 
 
 def warn_of_guessing(num_classes: int, num_examples: int, error: float, epoch: int) -> None:

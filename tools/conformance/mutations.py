@@ -53,8 +53,8 @@ MUTATIONS = (
     (
       (
         "optim/sgd",
-        "tf.constant(self.coupled_weight_decay, dtype)",
-        "tf.constant(2 * self.coupled_weight_decay, dtype)",
+        "tf.constant(self.coupled_weight_decay, gradient.dtype)",
+        "tf.constant(2 * self.coupled_weight_decay, gradient.dtype)",
       ),
     ),
   ),
@@ -64,8 +64,8 @@ MUTATIONS = (
     (
       (
         "optim/sgd",
-        "      gradient += tf.constant(self.coupled_weight_decay, dtype) * variable\n",
-        "      decay = tf.constant(self.coupled_weight_decay, dtype) * variable\n"
+        "      gradient = self._decay(gradient, variable)\n",
+        "      decay = self._decay(tf.zeros_like(gradient), variable)\n"
         '      self.assign_sub(variable, by["rate"] * decay)\n',
       ),
       ("optim/sgd", '      "scale": scale,\n', '      "scale": scale, "rate": learning_rate,\n'),
