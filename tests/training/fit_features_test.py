@@ -140,6 +140,25 @@ def test_evaluation_counts_each_example_once():
   assert evaluate(model, dataset, steps=2, verbose=0) == pytest.approx(expected, rel=1e-9)
 
 
+class Count(keras.metrics.Metric):
+  def __init__(self):
+    super().__init__(name="seen")
+    self.seen = self.add_variable((), "zeros", name="seen")
+
+  def update_state(self, y_true, y_pred, sample_weight=None):
+    self.seen.assign_add(keras.ops.cast(keras.ops.shape(y_true)[0], self.seen.dtype))
+
+  def result(self):
+    return self.seen
+
+
+def test_a_metric_may_return_its_variable():
+  x, y = examples(45)
+  model = mlp(keras.optimizers.SGD(0.1), metrics=[Count()])
+  found = evaluate(model, x, y, batch_size=8, return_dict=True, verbose=0)
+  assert found["seen"] == 45
+
+
 def trained(x, y=None, **options):
   """All that a model holds after `fit` on some form of the same data."""
   model = mlp(keras.optimizers.SGD(0.1, momentum=0.9))

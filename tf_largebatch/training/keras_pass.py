@@ -65,7 +65,9 @@ class KerasPass:
   def results(self, totals: list) -> dict[str, Any]:
     """The loss and the metrics, by name, of a state."""
     with keras.StatelessScope(list(zip(self.metrics, totals, strict=True))):
-      return self.model.get_metrics_result()
+      results = self.model.get_metrics_result()
+      # A metric may return a variable, which has this value only inside the scope.
+      return {name: tf.convert_to_tensor(value) for name, value in results.items()}
 
   def _call(self, values, worker, batch, training: bool):
     state = list(zip(self.metrics, self.reset, strict=True))
