@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tf_largebatch import command_line, fields
 from tf_largebatch.errors import UserError
 from tf_largebatch.options import RunOptions
-from tf_largebatch.recipe import Recipe
+from tf_largebatch.recipe import NETWORKS, Recipe
 
 
 def parse(*arguments):
@@ -184,6 +184,7 @@ _SPECIAL = {
   "warmup_epochs": st.floats(0, 1, exclude_max=True),
   "decay_epochs": st.lists(st.floats(0.001, 1e9), unique=True, max_size=4).map(sorted),
   "reference_learning_rate": st.floats(1e-9, 1e9),
+  "network": st.sampled_from([*NETWORKS, "EfficientNetV2B0", "own.networks:small_2"]),
 }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 
 from tf_largebatch import fields
 from tf_largebatch.errors import UserError
@@ -35,6 +36,8 @@ NETWORKS = {
   "resnet101": Stages("bottleneck", 64, (3, 4, 23, 3)),
   "resnet152": Stages("bottleneck", 64, (3, 8, 36, 3)),
 }
+# The name of a class, as in keras.applications, or module:function.
+_OTHER_NETWORK = re.compile(r"[A-Z]\w*|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # Peak rate over η, by the ratio kn / reference batch size (§2.1, Table 2a).
 _SCALINGS = {"linear": lambda ratio: ratio, "sqrt": math.sqrt, "none": lambda ratio: 1.0}
 SCALINGS = tuple(_SCALINGS)
@@ -90,8 +93,10 @@ class Recipe:
   network: str = declare(
     "resnet50",
     "resnet50, resnet101, resnet152: for ImageNet. resnet20, resnet32, resnet56: for CIFAR. "
-    "resnet8: half as wide as those for CIFAR, for scale models.",
-    choices=tuple(NETWORKS),
+    "resnet8: half as wide as those for CIFAR, for scale models. Or the name of a model of "
+    "keras.applications, such as EfficientNetV2B0, or module:function of your own, which is called "
+    "with the input shape and the number of classes. Those keep their own initial values and "
+    "settings of batch normalisation.",
   )
   last_gamma: float = declare(
     0.0, "Initial gamma of the last batch normalisation of each residual block."
@@ -179,6 +184,11 @@ class Recipe:
 
   def __post_init__(self):
     fields.convert_and_check(self)
+    if self.network not in NETWORKS and not _OTHER_NETWORK.fullmatch(self.network):
+      raise UserError(
+        f"network={self.network!r} is unknown; use one of {', '.join(NETWORKS)}, a model of "
+        "keras.applications, or module:function."
+      )
     if self.workers is None or self.warms_up:
       fields.require(
         self,

@@ -4,9 +4,10 @@ import functools
 
 import keras
 
-from tf_largebatch.models import resnet
+from tf_largebatch.models import other_networks, resnet
+from tf_largebatch.models.conversion import per_worker_batch_normalization
 from tf_largebatch.models.normalization import PerWorkerBatchNormalization
-from tf_largebatch.recipe import Recipe
+from tf_largebatch.recipe import NETWORKS, Recipe
 
 _POLICIES = {
   "float32": "float32",
@@ -24,19 +25,28 @@ def build_model(recipe: Recipe, num_classes: int, purpose: str = "training") -> 
     num_classes: width of the logits.
     purpose: "training"; "evaluation", which computes in the weights' dtype; or "export", the same
       made of plain Keras layers.
+
+  Raises:
+    UserError: the network is not one of ours and cannot be built or trained.
   """
+  policy = keras.dtype_policies.get(_POLICIES[recipe.dtype])
+  dtype = policy.name if purpose == "training" else policy.variable_dtype
+  if recipe.network not in NETWORKS:
+    model = other_networks.build(recipe, num_classes, dtype)
+    if purpose == "export":
+      return model
+    return per_worker_batch_normalization(model, recipe.per_worker_batch_size)
   layer = keras.layers.BatchNormalization
   if purpose != "export":
     layer = functools.partial(
       PerWorkerBatchNormalization, per_worker_batch_size=recipe.per_worker_batch_size
     )
-  policy = keras.dtype_policies.get(_POLICIES[recipe.dtype])
   layers = resnet.Layers(
     functools.partial(
       layer, momentum=recipe.batch_norm_momentum, epsilon=recipe.batch_norm_epsilon
     ),
     last_gamma=recipe.last_gamma,
-    dtype=policy.name if purpose == "training" else policy.variable_dtype,
+    dtype=dtype,
     seed=recipe.seed,
   )
   return resnet.build(

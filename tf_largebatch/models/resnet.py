@@ -157,7 +157,7 @@ def build(
     raise UserError(f"network={network!r} is unknown; use one of {', '.join(NETWORKS)}.")
   variable_dtype = keras.dtype_policies.get(layers.dtype).variable_dtype
   inputs = keras.Input(input_shape, dtype=variable_dtype, name="image")
-  x = _normalize_channels(inputs, channel_mean, channel_std, variable_dtype)
+  x = normalize_channels(inputs, channel_mean, channel_std, variable_dtype)
   stages = NETWORKS[network]
   x = _BODIES[stages.block](layers, x, stages)
   x = keras.layers.GlobalAveragePooling2D(dtype=variable_dtype, name="pool")(x)
@@ -170,7 +170,7 @@ def build(
   return keras.Model(inputs, logits, name=network)
 
 
-def _normalize_channels(x, channel_mean: Sequence[float], channel_std: Sequence[float], dtype: str):
+def normalize_channels(x, channel_mean: Sequence[float], channel_std: Sequence[float], dtype: str):
   """(x − mean) / std, per channel, as x · (1 / std) − mean / std."""
   mean, std = np.asarray(channel_mean, np.float64), np.asarray(channel_std, np.float64)
   channels = x.shape[-1]

@@ -30,10 +30,21 @@ def check_workers_per_pass(workers_per_pass: int, workers_on_replica: int) -> No
 def with_workers_per_pass(
   options: RunOptions, strategy: tf.distribute.Strategy, model: keras.Model, recipe: Recipe
 ) -> RunOptions:
-  """Returns the options with g chosen, the same on all tasks."""
+  """Returns the options with g chosen, the same on all tasks.
+
+  Raises:
+    UserError: g is above 1 in a network that draws random numbers.
+  """
   replicas = strategy.num_replicas_in_sync
   workers_on_replica = recipe.workers // replicas
   g = options.workers_per_pass
+  if Variables.of(model).counters:
+    if g not in (None, 1):
+      raise UserError(
+        f"workers_per_pass={g} does not work with network={recipe.network}: workers that share a "
+        "pass would share its random numbers; use 1."
+      )
+    g = 1
   if g is None:
     g = choose_workers_per_pass(model, recipe, options, workers_on_replica)
     if replicas > 1:

@@ -1,10 +1,17 @@
 """The layers of the ResNets: how many gradients each has, and its share of backprop."""
 
+from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import NETWORKS
 
 
 def usual_classes(network: str) -> int:
-  """Returns the classes of the data that a network was designed for: ImageNet's or CIFAR-10's."""
+  """Returns the classes of the data that a network was designed for: ImageNet's or CIFAR-10's.
+
+  Raises:
+    UserError: it is not one of `recipe.NETWORKS`.
+  """
+  if network not in NETWORKS:
+    raise UserError(f"network={network} is not known here; use one of {', '.join(NETWORKS)}.")
   return 1000 if NETWORKS[network].block == "bottleneck" else 10
 
 
