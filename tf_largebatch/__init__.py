@@ -15,6 +15,7 @@ _MODULES = {
   "evaluate": "training.fit",
   "fit": "training.fit",
   "make_strategy": "distributed.strategy",
+  "per_worker_batch_normalization": "models.conversion",
   "read_cluster": "distributed.cluster",
   "train_and_evaluate": "training.trainer",
 }

@@ -99,10 +99,8 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
     self.moving_variance = self.add_weight(name="moving_variance", initializer="ones", **statistics)
 
   def call(self, inputs, training=False, mask=None):
-    if mask is not None:
-      raise ValueError(
-        f"{self.name} takes no mask: what it hides would enter the statistics of the group."
-      )
+    self._refuse(mask)
+    inputs = tf.cast(inputs, self.compute_dtype)  # Keras casts floats only.
     if not (training and self.trainable):
       return self._normalize(inputs, self.moving_mean, self.moving_variance)
     groups = self._groups(inputs)
@@ -133,6 +131,12 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
       outputs = tf.reshape(tf.transpose(outputs, [2, 0, 1, 3]), tf.shape(inputs))
       outputs.set_shape(inputs.shape)
     return outputs
+
+  def _refuse(self, mask):
+    if mask is not None:
+      raise ValueError(
+        f"{self.name} takes no mask: what it hides would enter the statistics of the group."
+      )
 
   def _scale_and_offset(self):
     """Returns (γ, β), `[channels]`; 1 and 0 where there are none."""
@@ -204,6 +208,10 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
 
   def compute_output_shape(self, input_shape):
     return input_shape
+
+  def compute_output_spec(self, inputs, training=False, mask=None):
+    self._refuse(mask)
+    return keras.KerasTensor(inputs.shape, self.compute_dtype)
 
   def get_config(self):
     return {
