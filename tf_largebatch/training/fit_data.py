@@ -119,14 +119,6 @@ def split(arrays: Arrays, fraction: float) -> tuple[Arrays, Arrays]:
   return arrays.take(0, first), arrays.take(first, arrays.size)
 
 
-def limit(name: str, number: int | None, maximum: int | None) -> int | None:
-  """Limits a number of steps or epochs to what Keras' configuration allows in debugging runs."""
-  if maximum is None or (number is not None and number <= maximum):
-    return number
-  logging.warning("Keras' configuration limits %s to %d.", name, maximum)
-  return maximum
-
-
 class TrainingData:
   """The steps of each epoch.
 
@@ -134,9 +126,9 @@ class TrainingData:
     data: `Arrays`, a `tf.data.Dataset` of batches, or a function epoch → data set.
     place: of this task.
     workers: of a step.
-    steps_per_epoch: as in Keras: None: all whole steps. Otherwise the next epoch continues where
-      the last one stopped, and the last part of the data may be shorter.
-    shuffle: whether arrays are permuted each time that their examples are all used.
+    steps_per_epoch: as in Keras: None: all whole steps. With a data set, the next epoch then goes
+      on where the last one stopped.
+    shuffle: whether arrays are permuted in each epoch.
     class_weight: class → weight of its examples.
     seed: of the permutations.
 
@@ -155,10 +147,9 @@ class TrainingData:
     seed: int = 0,
   ):
     self._data, self._place, self._workers = data, place, workers
-    steps_per_epoch = limit("steps_per_epoch", steps_per_epoch, keras.config.max_steps_per_epoch())
     self._asked, self._shuffle, self._seed = steps_per_epoch, shuffle, seed
     self._class_weight = class_weight
-    self._iterator = None
+    self._iterator = self._started = None
     self.steps = steps_per_epoch or self._count()
 
   def _count(self) -> int | None:
@@ -174,9 +165,13 @@ class TrainingData:
 
   def first_worker_batch(self):
     """The examples of worker 0 in a first step: `[n, …]`, nested."""
-    for batch in self._dataset(0).take(1):
-      return tf.nest.map_structure(lambda x: x[: self._workers.batch_size], batch)
-    raise self._too_few()
+    steps = iter(self._steps(0))
+    first = next(steps, None)
+    if first is None:
+      raise self._too_few()
+    # `epoch` uses this iterator: see `EvaluationData.first`.
+    self._started = itertools.chain([first], steps)
+    return first[-1]
 
   def _too_few(self) -> UserError:
     k, n = self._workers.count, self._workers.batch_size
@@ -189,15 +184,10 @@ class TrainingData:
     """The epoch's steps: `[kn, …]`, nested: (x,), (x, y) or (x, y, sample_weight)."""
     kn, data = self._workers.examples, self._data
     if isinstance(data, Arrays):
-      steps = data.size // kn
-      per_epoch = min(self._asked or steps, steps)
-      # An epoch is a part of a pass over the data; which one depends on its number alone.
-      data_pass, part = divmod(epoch, -(-steps // per_epoch) if steps else 1)
       order = tf.range(data.size, dtype=tf.int64)
       if self._shuffle:
-        order = permute(self._seed, data.size, data_pass, order)
-      first, last = part * per_epoch, min((part + 1) * per_epoch, steps)
-      dataset = data.batches(kn, order[first * kn : last * kn])
+        order = permute(self._seed, data.size, epoch, order)
+      dataset = data.batches(kn, order).take(data.size // kn)
       # Every batch is whole, which the shapes should say.
       dataset = dataset.map(lambda *e: tf.nest.map_structure(lambda x: _set_size(x, kn), e))
     else:
@@ -221,18 +211,26 @@ class TrainingData:
       steps = itertools.islice(self._iterator, self._asked)
     first = next(steps, None)
     if first is None:
-      self._iterator = iter(self._steps(epoch))
+      self._iterator = self._start(epoch)
       steps = itertools.islice(self._iterator, self._asked)
       first = next(steps, None)
     if first is None:
       raise self._too_few()
-    for (hashed, parts), following in _look_ahead(itertools.chain([first], steps)):
+    for (hashed, parts, _), following in _look_ahead(itertools.chain([first], steps)):
       count += 1
       yield self._place.distribute(parts), np.array([following, *hashed.numpy()], np.float64)
     if self._asked is not None and count < self._asked:
       logging.warning("The data ended after %d of %d steps of the epoch.", count, self._asked)
 
+  def _start(self, epoch: int) -> Iterator:
+    """Starts an epoch, or continues with what `first_worker_batch` started."""
+    started, self._started = self._started, None
+    if started is not None and (epoch == 0 or isinstance(self._data, tf.data.Dataset)):
+      return started
+    return iter(self._steps(epoch))
+
   def _steps(self, epoch: int) -> tf.data.Dataset:
+    """Each step's hash, parts of the local replicas and examples of worker 0."""
     place, k, n = self._place, self._workers.count, self._workers.batch_size
     per_replica = k // place.replicas
 
@@ -242,7 +240,7 @@ class TrainingData:
         tf.nest.map_structure(lambda x, r=r: x[r * per_replica : (r + 1) * per_replica], workers)
         for r in range(place.first, place.first + place.local)
       )
-      return _fingerprint(batch, place), parts
+      return _fingerprint(batch, place), parts, tf.nest.map_structure(lambda x: x[0], workers)
 
     return self._dataset(epoch).map(arrange).prefetch(_AHEAD)
 
@@ -270,18 +268,24 @@ class EvaluationData:
       dataset = _require_batches(data).map(lambda *e: e)
     else:
       raise UserError("Evaluation takes arrays or a tf.data.Dataset, not a function.")
-    steps = limit("steps", steps, keras.config.max_steps_per_epoch())
     dataset = dataset if steps is None else dataset.take(steps)
     if int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY:
       raise UserError("The validation data have no end; give the number of steps.")
-    self._place = place
+    self._place, self._started = place, None
     self._dataset = dataset.map(lambda *e: (_fingerprint(e, place), e)).prefetch(_AHEAD)
 
   def first(self):
-    """The first batch, nested."""
-    for _, batch in self._dataset.take(1):
-      return batch
-    raise UserError("There are no examples to evaluate.")
+    """The first batch, nested; `groups` must follow and begins with it.
+
+    The iterator is kept, because TensorFlow truncates a data set with `batch(…).cache()` if its
+    first iterator is destroyed while it reads ahead.
+    """
+    elements = iter(self._dataset)
+    first = next(elements, None)
+    if first is None:
+      raise UserError("There are no examples to evaluate.")
+    self._started = itertools.chain([first], elements)
+    return first[1]
 
   def groups(self) -> Iterator[tuple[list, list, np.ndarray]]:
     """Iterates over groups of as many batches of one size as there are replicas.
@@ -292,7 +296,8 @@ class EvaluationData:
     """
     place = self._place
     own = range(place.first, place.first + place.local)
-    for group, following in _look_ahead(_group(iter(self._dataset), place.replicas)):
+    elements, self._started = self._started or iter(self._dataset), None
+    for group, following in _look_ahead(_group(elements, place.replicas)):
       hashes = np.sum([hashed.numpy() for hashed, _ in group], axis=0) % 256
       parts = [group[r if r < len(group) else 0][1] for r in own]
       counts = [tf.constant(float(r < len(group))) for r in own]
