@@ -229,6 +229,83 @@ def test_steps_per_epoch_go_on_where_the_last_epoch_stopped():
   assert_equal(parts, whole, 0)
 
 
+@pytest.mark.parametrize("steps", [2, 4, 9])
+def test_steps_per_epoch_of_arrays_as_in_keras(steps):
+  """The epochs continue through the arrays: 4 of 6 steps, then 2, then 4 from the start again."""
+  x, y = examples(48)
+  make = lambda: mlp(keras.optimizers.SGD(0.1))  # noqa: E731
+  both(make, x, y, shuffle=False, epochs=3, steps_per_epoch=steps)
+
+
+def test_steps_per_epoch_of_permuted_arrays():
+  """Two epochs of half the steps are one epoch, also for a run that begins with the second."""
+  x, y = examples(48)
+  options = {"workers": 2, "per_worker_batch_size": 4, "verbose": 0}
+  models = [mlp(keras.optimizers.SGD(0.1)) for _ in range(2)]
+  fit(models[0], x, y, **options)
+  fit(models[1], x, y, steps_per_epoch=3, **options)
+  fit(models[1], x, y, steps_per_epoch=3, epochs=2, initial_epoch=1, **options)
+  assert_equal(values(models[1]), values(models[0]), 0)
+
+
+def test_limits_of_keras_configuration(monkeypatch):
+  monkeypatch.setattr(keras.config, "max_epochs", lambda: 2)
+  monkeypatch.setattr(keras.config, "max_steps_per_epoch", lambda: 3)
+  x, y = examples(48)
+  seen = []
+  watch = keras.callbacks.LambdaCallback(
+    on_train_batch_end=lambda *_, **__: seen.append("train"),
+    on_test_batch_end=lambda *_, **__: seen.append("test"),
+  )
+  options = {"epochs": 5, "callbacks": [watch], "verbose": 0}
+  model = compiled()
+  fit(model, x, y, workers=1, per_worker_batch_size=8, validation_data=(x, y), **options)
+  assert seen == 2 * (3 * ["train"] + 3 * ["test"])
+  seen.clear()
+  evaluate(model, x, y, batch_size=8, callbacks=[watch], verbose=0)
+  assert seen == 3 * ["test"]
+
+
+def test_a_callback_stops_an_evaluation():
+  x, y = examples(48)
+  model = compiled()
+
+  class Stop(keras.callbacks.Callback):
+    def on_test_batch_end(self, batch, logs=None):
+      self.model.stop_evaluating = batch == 1
+
+  expected = evaluate(model, x[:16], y[:16], batch_size=8, verbose=0)
+  assert evaluate(model, x, y, batch_size=8, callbacks=[Stop()], verbose=0) == expected
+
+
+def by_class(y_true, y_pred):
+  return keras.ops.mean(keras.ops.cast(y_true, "float64"))
+
+
+def test_metrics_of_any_shape_and_of_whole_batches():
+  """A metric may hold a score for each class, or count batches, not examples, as in Keras."""
+
+  def make():
+    model = mlp(keras.optimizers.SGD(0.1))
+    scores = keras.metrics.F1Score(name="scores")  # One for each class.
+    model.compile(keras.optimizers.SGD(0.1), "mse", metrics=[scores, by_class])
+    return model
+
+  x, y = examples(44)
+  y = keras.utils.to_categorical(y, 3).astype("float64")
+  stock, ours = make(), make()
+  options = {"shuffle": False, "verbose": 0, "validation_data": (x[:20], y[:20])}
+  expected = stock.fit(x[:40], y[:40], batch_size=8, **options).history
+  history = fit(ours, x, y, workers=1, per_worker_batch_size=8, **options).history
+  assert np.shape(history["scores"]) == (1, 3)
+  for name, value in expected.items():
+    np.testing.assert_allclose(history[name], value, 1e-6)
+  expected = stock.evaluate(x, y, batch_size=8, verbose=0)
+  actual = evaluate(ours, x, y, batch_size=8, verbose=0)
+  for a, b in zip(actual, expected, strict=True):
+    np.testing.assert_allclose(a, b, 1e-6)
+
+
 def test_arrays_are_permuted_by_seed_and_epoch():
   x, y = examples(32)
   seen = []
@@ -305,6 +382,9 @@ REFUSED = {
   "workers per pass": (compiled, {"workers_per_pass": 3}, "does not divide the 2 workers"),
   "stock BN in groups": (
     compiled, {"workers_per_pass": 2}, "'sequential.*/batch_normalization.*/moving_.*per_worker_"
+  ),
+  "metric of batches in groups": (
+    lambda: compiled(metrics=[by_class]), {"workers_per_pass": 2}, "depends on how examples are gr"
   ),
   "class weights twice": (
     compiled, {"class_weight": {0: 2.0}, "sample_weight": np.ones(64)}, "no sample_weight"

@@ -24,6 +24,7 @@ _WRITERS = tuple(
   )
   if hasattr(keras.callbacks, name)
 )
+_KERAS_BATCH_SIZE = 32
 _BATCH_HOOKS = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
 
 
@@ -74,6 +75,7 @@ def fit(
   """
   fit_checks.require_supported(model, ("train_step", "train_function"))
   place = Place.of(model.distribute_strategy)
+  epochs = fit_data.limit("epochs", epochs, keras.config.max_epochs())
   share = Workers(workers, per_worker_batch_size, workers_per_pass)
   fit_checks.require_shares(place, share)
   data, validation_data = _sources((x, y, sample_weight), validation_split, validation_data)
@@ -91,7 +93,7 @@ def evaluate(
   x=None,
   y=None,
   *,
-  batch_size: int = 32,
+  batch_size: int | None = None,
   verbose="auto",
   sample_weight=None,
   steps: int | None = None,
@@ -105,7 +107,8 @@ def evaluate(
 
   Args:
     model, x, y, batch_size, verbose, sample_weight, steps, callbacks, return_dict: as in
-      `model.evaluate`; x is arrays or a `tf.data.Dataset` of batches.
+      `model.evaluate`; x is arrays or a `tf.data.Dataset` of batches. All tasks stop if a callback
+      of one sets `model.stop_evaluating`.
 
   Returns:
     The loss, or a list of the loss and the metrics, or, with `return_dict`, both by name.
@@ -115,14 +118,12 @@ def evaluate(
   """
   fit_checks.require_supported(model, ("test_step", "test_function"))
   place = Place.of(model.distribute_strategy)
-  data = EvaluationData(fit_data.as_arrays(x, y, sample_weight) or x, place, batch_size, steps)
+  data = fit_data.as_arrays(x, y, sample_weight) or x
+  data = EvaluationData(data, place, batch_size or _KERAS_BATCH_SIZE, steps)
   chosen = _callback_list(model, place, callbacks, verbose, epochs=1, steps=None)
   evaluation = _Evaluation.make(model, place, data)
   logs = evaluation.run(chosen)
-  if return_dict:
-    return logs
-  values = list(logs.values())
-  return values if len(values) > 1 else values[0]
+  return logs if return_dict else model._flatten_metrics_in_order(logs)
 
 
 def _sources(given: tuple, fraction: float, validation) -> tuple:
@@ -175,6 +176,7 @@ def _watches_batches(callbacks) -> bool:
 class _Evaluation:
   """Evaluates on one set of data, any number of times."""
 
+  model: keras.Model
   place: Place
   data: EvaluationData
   reset: list
@@ -188,20 +190,27 @@ class _Evaluation:
     made = keras_pass.untrained(model)
     fit_checks.require_sums(made, first)
     step = fit_steps.make_test_step(made, place)
-    return cls(place, data, made.reset, step, fit_steps.make_results(made))
+    return cls(model, place, data, made.reset, step, fit_steps.make_results(made))
 
-  def run(self, callbacks: keras.callbacks.CallbackList) -> dict[str, float]:
+  def run(self, callbacks: keras.callbacks.CallbackList) -> dict[str, Any]:
     """Returns the loss and the metrics over all examples."""
-    place = self.place
+    model, place = self.model, self.place
+    model.stop_evaluating = False
     callbacks.on_test_begin()
     totals = [tf.convert_to_tensor(value) for value in self.reset]
     for number, (batch, counts, facts) in enumerate(self.data.groups()):
       callbacks.on_test_batch_begin(number)
-      totals, sums = self.step(batch, counts, totals, tf.constant([0.0, *facts], tf.float64))
+      sent = tf.constant([float(model.stop_evaluating), *facts], tf.float64)
+      new, sums = self.step(batch, counts, totals, sent)
       if not place.alone:
         fit_steps.require_equal_facts(sums.numpy(), place.replicas)
+        if sums.numpy()[0, fit_steps.STOP]:
+          break  # A callback asked to stop before this group, which therefore does not count.
+      totals = new
       callbacks.on_test_batch_end(number, self.results(totals))
-    logs = {name: float(value) for name, value in self.results(totals).items()}
+      if place.alone and model.stop_evaluating:
+        break
+    logs = _to_python(self.results(totals))
     callbacks.on_test_end(logs)
     return logs
 
@@ -239,7 +248,7 @@ class _Fit:
     first = training.first_worker_batch()
     keras_pass.build(model, first)
     made = keras_pass.trained(model, first)
-    fit_checks.require_sums(made, first)
+    fit_checks.require_sums(made, first, workers.per_pass)
     changes = fit_checks.require_equal_workers(made, first, workers.per_pass)
     draws = [
       (variable, change)
@@ -315,7 +324,7 @@ class _Fit:
         break
     if before is not None:
       fit_steps.require_equal_facts(before.numpy(), place.replicas)
-    return {name: float(value) for name, value in self.results(totals).items()}
+    return _to_python(self.results(totals))
 
   def _asked_to_stop(self) -> bool:
     """Whether a callback of any task asked to stop; all tasks then do."""
@@ -325,6 +334,12 @@ class _Fit:
       np.any(gather(self.place.strategy, float(self.model.stop_training)))
     )
     return self.model.stop_training
+
+
+def _to_python(results: dict[str, tf.Tensor]) -> dict[str, Any]:
+  """Converts scalar results to floats; the others, such as scores by class, become arrays."""
+  arrays = {name: np.asarray(value) for name, value in results.items()}
+  return {name: value if value.ndim else float(value) for name, value in arrays.items()}
 
 
 def _evaluates(epoch: int, frequency) -> bool:

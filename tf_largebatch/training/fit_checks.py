@@ -65,8 +65,11 @@ def require_shares(place: Place, workers: Workers) -> None:
     )
 
 
-def require_sums(keras_pass: KerasPass, batch) -> None:
-  """Checks on a batch that losses and metrics of parts add up to those of the whole.
+def require_sums(keras_pass: KerasPass, batch, workers_per_pass: int = 1) -> None:
+  """Checks on a batch that the state of metrics adds up, and that losses are means.
+
+  A metric may depend on how examples are grouped into batches, because a worker's batch is the same
+  on every cluster; but not if several workers share a pass.
 
   Raises:
     UserError: a loss is not a mean over the examples, or the state of a metric does not add up.
@@ -75,30 +78,42 @@ def require_sums(keras_pass: KerasPass, batch) -> None:
   twice = tf.nest.map_structure(lambda x: tf.concat([x, x], 0), batch)
 
   @tf.function(autograph=False)
-  def increments(values, batches):
-    return [keras_pass.test(values, batch) for batch in batches]
+  def increments(values, batch, twice):
+    once = keras_pass.test(values, batch, keras_pass.reset)
+    again = keras_pass.test(values, batch, keras_pass.add(keras_pass.reset, once))
+    return once, again, keras_pass.test(values, twice, keras_pass.reset)
 
-  once, doubled = tf.nest.map_structure(np.asarray, increments(values, (batch, twice)))
-  half = any(layer.compute_dtype in _HALF for layer in (model, *model.layers))
+  once, again, doubled = tf.nest.map_structure(np.asarray, increments(values, batch, twice))
+  half = any(layer.compute_dtype in _HALF for layer in model._flatten_layers())
   losses = {
     id(variable)
     for metric in model.metrics
     if metric.name.split("_")[-1] == "loss"
     for variable in metric.variables
   }
-  for variable, a, b in zip(keras_pass.metrics, once, doubled, strict=True):
+  tolerance = 2e-2 if half else 1e-3
+  found = zip(keras_pass.metrics, keras_pass.reset, once, again, doubled, strict=True)
+  for variable, reset, a, b, c in found:
+    if np.all(np.isfinite(reset)) and not np.all(np.isfinite(a)):
+      continue  # The model diverges, so there is nothing to compare.
     # Twice the same examples: a mean stays, and the sums that it is made of double.
-    if np.all(np.isfinite(a)) and np.allclose(b, 2 * a, 2e-2 if half else 1e-3, 1e-6):
+    is_mean = np.allclose(c, 2 * a, tolerance, 1e-6)
+    if id(variable) in losses:
+      if not is_mean:
+        raise UserError(
+          "The loss is not a mean over the examples: it changes when the batch is repeated, so it "
+          "would depend on how examples are grouped. Use reduction='sum_over_batch_size'."
+        )
       continue
-    if id(variable) not in losses:
+    if not np.allclose(b, a, tolerance, 1e-6):
       raise UserError(
-        f"The metric state {variable.path!r} does not add up over batches: it grows by {a} for one "
-        f"batch and by {b} for twice that batch. Use a metric whose state is made of sums."
+        f"The metric state {variable.path!r} does not add up over batches: it grows by {a} for a "
+        f"batch and by {b} for the same batch again. Use a metric whose state is made of sums."
       )
-    if np.all(np.isfinite(a)):  # Else the loss diverges, however it adds up.
+    if workers_per_pass > 1 and not is_mean:
       raise UserError(
-        "The loss is not a mean over the examples: it changes when the batch is repeated, so it "
-        "would depend on how examples are grouped. Use reduction='sum_over_batch_size'."
+        f"workers_per_pass={workers_per_pass} does not work with {variable.path!r}: the metric "
+        "depends on how examples are grouped into batches; use 1."
       )
 
 

@@ -119,6 +119,14 @@ def split(arrays: Arrays, fraction: float) -> tuple[Arrays, Arrays]:
   return arrays.take(0, first), arrays.take(first, arrays.size)
 
 
+def limit(name: str, number: int | None, maximum: int | None) -> int | None:
+  """Limits a number of steps or epochs to what Keras' configuration allows in debugging runs."""
+  if maximum is None or (number is not None and number <= maximum):
+    return number
+  logging.warning("Keras' configuration limits %s to %d.", name, maximum)
+  return maximum
+
+
 class TrainingData:
   """The steps of each epoch.
 
@@ -126,9 +134,9 @@ class TrainingData:
     data: `Arrays`, a `tf.data.Dataset` of batches, or a function epoch → data set.
     place: of this task.
     workers: of a step.
-    steps_per_epoch: as in Keras: None: all whole steps. With a data set, the next epoch then goes
-      on where the last one stopped.
-    shuffle: whether arrays are permuted in each epoch.
+    steps_per_epoch: as in Keras: None: all whole steps. Otherwise the next epoch continues where
+      the last one stopped, and the last part of the data may be shorter.
+    shuffle: whether arrays are permuted each time that their examples are all used.
     class_weight: class → weight of its examples.
     seed: of the permutations.
 
@@ -147,6 +155,7 @@ class TrainingData:
     seed: int = 0,
   ):
     self._data, self._place, self._workers = data, place, workers
+    steps_per_epoch = limit("steps_per_epoch", steps_per_epoch, keras.config.max_steps_per_epoch())
     self._asked, self._shuffle, self._seed = steps_per_epoch, shuffle, seed
     self._class_weight = class_weight
     self._iterator = self._started = None
@@ -184,10 +193,15 @@ class TrainingData:
     """The epoch's steps: `[kn, …]`, nested: (x,), (x, y) or (x, y, sample_weight)."""
     kn, data = self._workers.examples, self._data
     if isinstance(data, Arrays):
+      steps = data.size // kn
+      per_epoch = min(self._asked or steps, steps)
+      # An epoch is a part of a pass over the data; which one depends on its number alone.
+      data_pass, part = divmod(epoch, -(-steps // per_epoch) if steps else 1)
       order = tf.range(data.size, dtype=tf.int64)
       if self._shuffle:
-        order = permute(self._seed, data.size, epoch, order)
-      dataset = data.batches(kn, order).take(data.size // kn)
+        order = permute(self._seed, data.size, data_pass, order)
+      first, last = part * per_epoch, min((part + 1) * per_epoch, steps)
+      dataset = data.batches(kn, order[first * kn : last * kn])
       # Every batch is whole, which the shapes should say.
       dataset = dataset.map(lambda *e: tf.nest.map_structure(lambda x: _set_size(x, kn), e))
     else:
@@ -268,6 +282,7 @@ class EvaluationData:
       dataset = _require_batches(data).map(lambda *e: e)
     else:
       raise UserError("Evaluation takes arrays or a tf.data.Dataset, not a function.")
+    steps = limit("steps", steps, keras.config.max_steps_per_epoch())
     dataset = dataset if steps is None else dataset.take(steps)
     if int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY:
       raise UserError("The validation data have no end; give the number of steps.")

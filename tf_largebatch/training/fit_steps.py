@@ -84,7 +84,9 @@ def make_test_step(keras_pass: KerasPass, place: Place) -> Callable:
 
   def compile_for(batch) -> Callable:
     increments = tf.function(
-      keras_pass.test, autograph=False, jit_compile=bool(keras_pass.model.jit_compile) or None
+      lambda values, batch: keras_pass.test(values, batch, keras_pass.reset),
+      autograph=False,
+      jit_compile=bool(keras_pass.model.jit_compile) or None,
     ).get_concrete_function(variables.values(), batch)
 
     def replica_step(batch, counts, totals, facts):

@@ -48,15 +48,22 @@ class KerasPass:
     """
 
     def forward(values, worker, batch):
-      loss, statistics, counters, scope = self._call(values, worker, batch, training=True)
-      return loss * tf.cast(share, loss.dtype), statistics, counters, self._increments(scope)
+      loss, statistics, counters, scope = self._call(values, worker, batch, True, self.reset)
+      increments = self._increments(scope, self.reset)
+      return loss * tf.cast(share, loss.dtype), statistics, counters, increments
 
     return forward
 
-  def test(self, values: Values, batch) -> list:
-    """What a batch in inference adds to the metrics' state."""
-    *_, scope = self._call(values, 0, batch, training=False)
-    return self._increments(scope)
+  def test(self, values: Values, batch, before: list) -> list:
+    """What a batch in inference adds to the metrics' state.
+
+    Args:
+      values: of the variables.
+      batch: its examples.
+      before: the state to which the batch adds.
+    """
+    *_, scope = self._call(values, 0, batch, False, before)
+    return self._increments(scope, before)
 
   def add(self, totals: list, increments: list) -> list:
     """Adds increments to the state of the metrics."""
@@ -69,14 +76,14 @@ class KerasPass:
       # A metric may return a variable, which has this value only inside the scope.
       return {name: tf.convert_to_tensor(value) for name, value in results.items()}
 
-  def _call(self, values, worker, batch, training: bool):
-    state = list(zip(self.metrics, self.reset, strict=True))
+  def _call(self, values, worker, batch, training: bool, before: list):
+    state = list(zip(self.metrics, before, strict=True))
     body = lambda: compute(self.model, batch, training)  # noqa: E731
     return passes.call(self.variables, values, worker, body, state)
 
-  def _increments(self, scope) -> list:
+  def _increments(self, scope, before: list) -> list:
     new = [scope.get_current_value(variable) for variable in self.metrics]
-    return [tf.cast(v - r, self.dtype) for v, r in zip(new, self.reset, strict=True)]
+    return [tf.cast(v - b, self.dtype) for v, b in zip(new, before, strict=True)]
 
 
 def compute(model: keras.Model, batch, training: bool):
