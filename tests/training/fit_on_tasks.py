@@ -32,9 +32,9 @@ def train(model, data, epochs=2, **options):
   return fit(model, data, workers=2, per_worker_batch_size=4, epochs=epochs, verbose=0, **options)
 
 
-def error_of(strategy, data):
+def error_of(strategy, data, **options):
   try:
-    train(make(strategy), data)
+    train(make(strategy), data, **options)
   except UserError as error:
     return str(error)
   return "none"
@@ -61,6 +61,7 @@ def differ(strategy, task):
     "order": error_of(strategy, dataset().unbatch().shuffle(40, seed=task).batch(8)),
     "augmentation": error_of(strategy, augmented),
     "length": error_of(strategy, dataset(count=40 - 8 * task)),
+    "arguments": error_of(strategy, dataset(), epochs=2 + task),
   }
 
 

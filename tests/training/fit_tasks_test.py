@@ -103,6 +103,7 @@ def test_a_task_that_stops_and_tasks_whose_data_differ(tmp_path):
     assert "The tasks do not read the same examples" in found["order"]
     assert "The tasks do not read the same examples" in found["augmentation"]
     assert "The tasks do not read the same examples" in found["length"]
+    assert "their calls of fit have other arguments" in found["arguments"]
 
 
 def test_a_killed_task_and_a_restart_from_the_backup(tmp_path):

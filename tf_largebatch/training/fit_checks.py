@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_largebatch.distributed.collectives import require_agreement
 from tf_largebatch.distributed.place import Place
 from tf_largebatch.errors import UserError
 from tf_largebatch.training.fit_data import Workers
@@ -43,11 +44,16 @@ def require_supported(model: keras.Model, functions: tuple[str, str]) -> None:
     )
 
 
-def require_shares(place: Place, workers: Workers) -> None:
-  """Checks that the replicas can share the workers equally.
+def require_shares(place: Place, workers: Workers, facts: tuple) -> None:
+  """Checks that the replicas can share the workers equally, and that the tasks agree.
+
+  Args:
+    place: of this task.
+    workers: of a step.
+    facts: arguments of `fit` that must be equal on all tasks.
 
   Raises:
-    UserError: they cannot.
+    UserError: they cannot, or do not.
   """
   sizes = {"workers": workers.count, "per_worker_batch_size": workers.batch_size}
   for name, value in (sizes | {"workers_per_pass": workers.per_pass}).items():
@@ -63,6 +69,8 @@ def require_shares(place: Place, workers: Workers) -> None:
     raise UserError(
       f"workers_per_pass={workers.per_pass} does not divide the {on_replica} workers of a replica."
     )
+  if not place.alone:
+    require_agreement(place.strategy, facts, "their calls of fit have other arguments")
 
 
 def require_sums(keras_pass: KerasPass, batch, workers_per_pass: int = 1) -> None:
