@@ -12,8 +12,9 @@ from tf_largebatch.distributed.collectives import broadcast, gather
 from tf_largebatch.distributed.lost_tasks import report_lost_tasks
 from tf_largebatch.distributed.place import Place
 from tf_largebatch.errors import UserError
-from tf_largebatch.training import fit_checks, fit_data, fit_steps, keras_pass, passes
-from tf_largebatch.training.fit_data import Arrays, EvaluationData, TrainingData, Workers
+from tf_largebatch.training import fit_arrays, fit_checks, fit_data, fit_steps, keras_pass, passes
+from tf_largebatch.training.fit_arrays import Arrays
+from tf_largebatch.training.fit_data import EvaluationData, TrainingData, Workers
 
 # Stock callbacks that write files: they run on the chief alone.
 _WRITERS = tuple(
@@ -119,7 +120,7 @@ def evaluate(
   """
   fit_checks.require_supported(model, ("test_step", "test_function"))
   place = Place.of(model.distribute_strategy)
-  data = fit_data.as_arrays(x, y, sample_weight) or x
+  data = fit_arrays.as_arrays(x, y, sample_weight) or x
   data = EvaluationData(data, place, batch_size or _KERAS_BATCH_SIZE, steps)
   chosen = _callback_list(model, place, callbacks, verbose, epochs=1, steps=None)
   evaluation = _Evaluation.make(model, place, data)
@@ -129,16 +130,16 @@ def evaluate(
 
 def _sources(given: tuple, fraction: float, validation) -> tuple:
   """Returns the data of training and of validation: `Arrays`, data sets or a function."""
-  data = fit_data.as_arrays(*given) or given[0]
+  data = fit_arrays.as_arrays(*given) or given[0]
   if isinstance(validation, (tuple, list)):
-    return data, fit_data.as_arrays(*validation, *[None] * (3 - len(validation)))
+    return data, fit_arrays.as_arrays(*validation, *[None] * (3 - len(validation)))
   if validation is not None:
-    return data, fit_data.as_arrays(validation, None, None) or validation
+    return data, fit_arrays.as_arrays(validation, None, None) or validation
   if not fraction:
     return data, None
   if not isinstance(data, Arrays):
     raise UserError("validation_split needs arrays; give validation_data.")
-  return fit_data.split(data, fraction)
+  return fit_arrays.split(data, fraction)
 
 
 def _callback_list(
