@@ -76,9 +76,10 @@ def efficientnet(side=32):
   )
 
 
-# At 0.05 the deep one, which normalises over 4 values at its end, diverges and amplifies rounding.
+# EfficientNet normalises over n single values at its end. At a rate of 1e-4 a rounding error of
+# 2e-16 grows to 4e-5 of the loss in 20 steps.
 RATES = {"efficientnet": 1e-5}
-SIZES = {"efficientnet": 8}  # n
+SIZES = {"efficientnet": 8}  # n; 4 for the others.
 MODELS = {"resnet": resnet, "mlp": mlp, "vit": vit, "efficientnet": efficientnet}
 
 
