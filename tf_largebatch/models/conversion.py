@@ -25,24 +25,26 @@ def per_worker_batch_normalization(model: keras.Model, per_worker_batch_size: in
   """Returns a copy of a model whose batch normalisation is `PerWorkerBatchNormalization`.
 
   In training, a batch of g·n images gives what the model gives for each n images alone, so that
-  `fit(..., workers_per_pass=g)` can take g workers through the copy at once. The copy has the same
-  weights, with the same paths and shapes in the same order and with equal values, so it loads
-  `model.get_weights()` and weight files of `model`. In inference both compute the same, as long as
-  they have equal weights.
+  `fit(..., workers_per_pass=g)` can take g workers through the copy at once. The copy has weights
+  of the same paths and shapes in the same order, with equal values: `get_weights` of either model
+  suits `set_weights` of the other, and with equal weights both compute the same in inference.
+  Weight files do not fit, because Keras finds layers in them by their classes' names.
 
-  Each `keras.layers.BatchNormalization` is replaced, in nested models too. Its momentum, epsilon,
-  `center`, `scale`, initialisers, name, dtype policy and `trainable` stay. The moving variance of
-  the copy follows the unbiased variance of the groups, where Keras takes the biased one: over m =
-  n · positions values per channel, its statistic is m / (m − 1) times that of Keras. Momentum
-  keeps its meaning, and Keras' default is 0.99, where the paper uses 0.9.
+  Each `keras.layers.BatchNormalization` is replaced, also in nested models. Its momentum, epsilon,
+  `center`, `scale`, initialisers, name, dtype policy and `trainable` stay; the initialisers of the
+  moving averages do not, because their values are copied. A layer that is ours already gets the
+  new n. The moving variance follows the unbiased variance of the groups, where Keras takes the
+  biased one: over m = n · positions values per channel, ours is m / (m − 1) times as large.
+  Momentum means the same in both; Keras' default is 0.99, the paper uses 0.9.
 
-  The other layers are made from their configurations, as by `keras.models.clone_model`, which
-  ignores attributes set later. The copy is not compiled, even if `model` is. Its variables belong
-  to the strategy of `model`, which does not change.
+  The other layers are made from their configurations, as in `keras.models.clone_model`, so
+  attributes set later are lost, except for weights, `trainable`, adapted vocabularies and the
+  state of random numbers. The copy is not compiled, even if `model` is. Its variables belong to
+  the strategy of `model`, which does not change.
 
   Args:
-    model: built, and made of layers: a `Sequential` or functional model. Layers and models within
-      may be of any class, if they are not ones that hold batch normalisation themselves.
+    model: built, `Sequential` or functional. Layers of other classes that hold a batch
+      normalisation of their own (wrappers, subclassed models) are refused.
     per_worker_batch_size: n, images that are normalised together.
 
   Raises:
@@ -170,3 +172,5 @@ def _copy_state(model: keras.Model, copy: keras.Model) -> None:
   for old, new in zip(model.variables, copy.variables, strict=True):
     new.assign(old)
     new.trainable = old.trainable
+    # Keras numbers unnamed variables through a program, and loads nested models with other paths.
+    new._name, new._path = old.name, old.path
