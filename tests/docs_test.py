@@ -35,6 +35,7 @@ RUN = {
   "tools.replication": "tests/tools/replication_test.py",
   "tools.resilience.chaos": "tests/tools/resilience/chaos_test.py",
   "tools.resilience.time_lost_task": "tests/tools/resilience/time_lost_task_test.py",
+  "tools.stock_keras": "tests/tools/stock_keras_test.py",
   "tools.study": "tests/tools/study_test.py",
   "tools.verify": "tests/tools/verify_test.py",
   "tests.docs_test": "tests/docs_test.py::test_the_options_document_is_current",

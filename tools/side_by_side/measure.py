@@ -6,14 +6,13 @@ Leaves TASK.json, what was observed, and TASK.npz, the variables of each of the 
 import json
 import os
 import pathlib
+import re
 
 import numpy as np
 from absl import flags
 
 from tf_largebatch.distributed.cluster import read_cluster
 from tools import program
-
-_PART = 120  # Characters of an error message kept at each end.
 
 
 def define_flags():
@@ -28,8 +27,7 @@ def _attempt(call) -> tuple[object, str | None]:
     return call(), None
   except Exception as error:  # Any error is an observation.
     line = " ".join(str(error).split())
-    if len(line) > 2 * _PART:  # It may hold a tensor in the middle.
-      line = f"{line[:_PART]} … {line[-_PART:]}"
+    line = re.sub(r"\{.*\}", "{…}", line)  # The values of a tensor.
     return None, f"{type(error).__name__}: {line}"
 
 

@@ -118,7 +118,7 @@ class Program:
 PROGRAMS = {
   "resnet": Program("ResNet: BN, dropout, flips", _resnet, _IMAGE),
   "mlp_bn": Program("MLP: BN", _mlp_with_bn, _FEATURES),
-  "vit": Program("ViT: neither", _vit, _IMAGE),
-  "clipping": Program("MLP: SGD, clipped", _mlp, _FEATURES, global_clipnorm=0.1),
+  "vit": Program("ViT: no BN, no dropout", _vit, _IMAGE),
+  "clipping": Program("MLP: clipped gradients", _mlp, _FEATURES, global_clipnorm=0.1),
   "partial": Program("MLP: partial last batch", _mlp, _FEATURES, examples=101),
 }
