@@ -70,6 +70,30 @@ def test_several_inputs_and_outputs_and_added_losses():
   both(two_headed, inputs, targets, shuffle=False, validation_data=validation, epochs=2)
 
 
+class Scaled(keras.Sequential):
+  """Has a loss and a metric of its own."""
+
+  def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    return 2 * super().compute_loss(x, y, y_pred, sample_weight, training)
+
+  def compute_metrics(self, x, y, y_pred, sample_weight=None):
+    return {"scaled": 1.0} | super().compute_metrics(x, y, y_pred, sample_weight)
+
+
+def test_a_loss_and_metrics_of_the_models_own():
+  def make():
+    keras.utils.set_random_seed(0)
+    model = Scaled([keras.Input((6,)), keras.layers.Dense(3)])
+    model.compile(keras.optimizers.SGD(0.1), crossentropy(), metrics=["accuracy"])
+    return model
+
+  x, y = examples(32)
+  stock, ours = make(), make()
+  stock.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+  fit(ours, x, y, workers=1, per_worker_batch_size=8, shuffle=False, verbose=0)
+  assert_equal(values(ours), values(stock))
+
+
 def test_moving_average_of_the_weights():
   x, y = examples(56)
   for frequency in (3, None):
