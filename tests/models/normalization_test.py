@@ -260,7 +260,17 @@ def test_refuses_a_mask_in_words():
     layer(masked)
   with pytest.raises(ValueError, match="takes no mask"):
     layer(np.ones([6, 4, 5]), training=True, mask=np.ones([6, 4], bool))
+  with pytest.raises(ValueError, match="takes no mask"):
+    layer(keras.layers.Masking()(keras.Input((4, 5))))
   layer(np.ones([6, 4, 5]), training=True, mask=None)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_takes_integers_as_keras_does(training):
+  x = np.arange(12).reshape(4, 3)
+  y = PerWorkerBatchNormalization(4, epsilon=1e-3)(x, training=training)
+  assert y.dtype == "float32"
+  assert_close(y, keras.layers.BatchNormalization()(x, training=training), 1e-6)
 
 
 @pytest.mark.parametrize("training", [False, True])

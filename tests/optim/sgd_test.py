@@ -110,6 +110,18 @@ def test_the_rate_is_rounded_once():
   assert float(weight) == -0.1
 
 
+def test_a_variable_that_its_gradient_overwrites():
+  """Keras' FP8 layers keep scales in such variables, which have no momentum."""
+  scale, weight = (keras.Variable(1.0, dtype="float64") for _ in range(2))
+  scale.overwrite_with_gradient = True
+  optimizer = MomentumCorrectedSGD(0.5, nesterov=False)
+  optimizer.build([scale, weight])
+  for _ in range(2):
+    optimizer.apply([tf.constant(3.0, tf.float64)] * 2, [scale, weight])
+  assert float(scale) == 3.0
+  assert float(weight) == pytest.approx(-3.35, rel=1e-14)
+
+
 def test_another_schedule_may_be_assigned():
   optimizer = MomentumCorrectedSGD(LinearScalingSchedule(1, 256))
   optimizer.learning_rate = keras.optimizers.schedules.CosineDecay(0.25, 10)

@@ -50,7 +50,8 @@ def per_worker_batch_normalization(model: keras.Model, per_worker_batch_size: in
   Raises:
     UserError: the model cannot be copied, or a layer normalises in a way that
       `PerWorkerBatchNormalization` does not offer: over an axis other than the last, with a mask,
-      with a regulariser or constraint, renormalised, or synchronised over the replicas.
+      with a regulariser or constraint, renormalised, or synchronised over the replicas. (A mask
+      that only reaches a nested model raises a `ValueError` when the copy is first called.)
   """
   n = per_worker_batch_size
   if not isinstance(n, int | np.integer) or n < 1:
@@ -143,8 +144,7 @@ def _not_compiled(model: keras.Model):
 
 
 def _require_converted(model: keras.Model, copy: keras.Model) -> None:
-  pairs = list(zip(model._flatten_layers(), copy._flatten_layers(), strict=True))
-  for old, new in pairs:
+  for old, new in zip(model._flatten_layers(), copy._flatten_layers(), strict=True):
     if isinstance(new, keras.layers.BatchNormalization):
       raise UserError(
         f"Layer {new.name!r} is part of a layer that is not a Sequential or functional model, so "

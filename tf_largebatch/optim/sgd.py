@@ -200,7 +200,12 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
 
   def _rescale_absent(self, present: list[int], factor):
     """Rescales the buffers of variables without a gradient in this step, so that u is unchanged."""
-    absent = [b.value for index, b in enumerate(self.momentums) if index not in set(present)]
+    # Variables that are overwritten with their gradients (FP8 scales) have no buffer.
+    absent = [
+      buffer.value
+      for index, buffer in enumerate(self.momentums)
+      if buffer is not None and index not in set(present)
+    ]
     if not absent:
       return
 
