@@ -16,10 +16,14 @@ from tests.launching import ROOT, SMALL, run_module
 from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # Programs of the documents' commands → the test that runs each.
 RUN = {
+  "docs.examples.cnn": "tests/examples_test.py::test_cnn",
+  "docs.examples.text": "tests/examples_test.py::test_text",
+  "docs.examples.transfer": "tests/examples_test.py::test_transfer",
+  "docs.examples.vision_transformer": "tests/examples_test.py::test_vision_transformer",
   "make test": ".ci/run",
   "tf_largebatch.train": "tests/train_test.py::test_a_run_and_its_repetition_from_flags_txt",
   "tools.benchmark.allreduce": "tests/tools/benchmark/allreduce_test.py",
@@ -99,11 +103,16 @@ def test_every_command_is_run_by_a_test_or_listed():
 @functools.cache
 def flags_of(module):
   """Names of the flags of a program, and of those that turn one off."""
+  if module.startswith("docs."):
+    source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    return set(re.findall(r'add_argument\("--(\w+)"', source))
   text = run_module(module, "--helpfull").stdout
   return set(re.findall(r"^\s+(?:-\w,)?--(?:\[no\])?(\w+):", text, re.MULTILINE))
 
 
-MODULES = sorted(module for module in RUN if module.startswith(("tools.", "tf_largebatch.")))
+MODULES = sorted(
+  module for module in RUN if module.startswith(("docs.", "tools.", "tf_largebatch."))
+)
 
 
 @pytest.mark.parametrize("module", MODULES)
