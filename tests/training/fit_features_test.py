@@ -105,6 +105,7 @@ def test_moving_average_of_the_weights():
 def test_loss_scale_optimizer_and_mixed_precision():
   """The scale is a power of two, so only steps that overflow are any different: the first ones."""
   keras.config.set_floatx("float32")
+  keras.config.set_dtype_policy("float32")
   x, y = (part.astype("float32") for part in examples(48))
 
   def make():

@@ -8,6 +8,7 @@ model and optimizer) and NAME.TASK.json (the history and the results of `evaluat
 """
 
 import argparse
+import contextlib
 import json
 import os
 
@@ -19,6 +20,18 @@ from tf_largebatch import MomentumCorrectedSGD, evaluate, fit, make_strategy, re
 from tf_largebatch.training import fit_steps
 
 CLASSES, WORKERS, STEPS = 5, 6, 20
+
+
+@contextlib.contextmanager
+def floatx(dtype):
+  """Computes in a dtype, whether or not something has set Keras' dtype policy before."""
+  keras.config.set_floatx(dtype)
+  keras.config.set_dtype_policy(dtype)
+  try:
+    yield
+  finally:
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
 
 
 def images(count, side, seed=0):

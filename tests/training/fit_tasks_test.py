@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -44,16 +43,13 @@ def run_tasks(count, module, *arguments):
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
   """What one device computes: variables, history and evaluation by model."""
-  keras.config.set_floatx("float64")
-  try:
-    found = {}
+  found = {}
+  with fit_scenarios.floatx("float64"):
     for name in MODELS:
       directory = str(tmp_path_factory.mktemp(name))
       model, history, results = fit_scenarios.train(name, tf.distribute.get_strategy(), directory)
       found[name] = fit_scenarios.variables(model), {"history": history, "evaluate": results}
-    return found
-  finally:
-    keras.config.set_floatx("float32")
+  return found
 
 
 def check(directory, tasks, expected, names):

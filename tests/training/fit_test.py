@@ -15,9 +15,8 @@ def crossentropy():
 
 @pytest.fixture(autouse=True)
 def float64():
-  keras.config.set_floatx("float64")
-  yield
-  keras.config.set_floatx("float32")
+  with fit_scenarios.floatx("float64"):
+    yield
 
 
 def values(model):

@@ -228,8 +228,9 @@ MUTATIONS = (
     (
       (
         "data/shuffle",
-        "  last = train_examples - 1\n",
-        "  last = train_examples // recipe.global_batch_size * recipe.global_batch_size - 1\n",
+        "  return permute(recipe.seed, train_examples, epoch, position)\n",
+        "  whole = train_examples // recipe.global_batch_size * recipe.global_batch_size\n"
+        "  return permute(recipe.seed, whole, epoch, position)\n",
       ),
     ),
   ),
