@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import time
 
 import pytest
 import tensorflow as tf
@@ -19,6 +20,9 @@ RATES = {"learning_rate": 0.1, "images_per_second": 10.0}
 
 def session(work_dir, first_step, last_step, evaluated_step=None, killed=True, value=1.0):
   """Writes the records of steps first_step + 1 to last_step, then dies without closing."""
+  if (work_dir / "tensorboard").exists():
+    # Files are read in the order of their names, which begin with the second.
+    time.sleep(1 - time.time() % 1)
   metrics = MetricsWriter(str(work_dir), {"workers": 8}, first_step, 99, evaluated_step)
   metrics.flush()  # As when it is entered.
   for step in range(first_step + 1, last_step + 1):

@@ -7,10 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from tests.launching import ROOT, run_module
-from tests.training import fit_scenarios
 from tools.launch_local import free_addresses, task_environment
 
 MODELS = ("mlp", "resnet", "vit")
@@ -43,12 +41,15 @@ def run_tasks(count, module, *arguments):
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
   """What one device computes: variables, history and evaluation by model."""
+  directory = tmp_path_factory.mktemp("one")
+  arguments = (f"--out={directory}", f"--models={','.join(MODELS)}")
+  finished = run_module("tests.training.fit_scenarios", *arguments, timeout=200)
+  assert finished.returncode == 0, finished.stderr
   found = {}
-  with fit_scenarios.floatx("float64"):
-    for name in MODELS:
-      directory = str(tmp_path_factory.mktemp(name))
-      model, history, results = fit_scenarios.train(name, tf.distribute.get_strategy(), directory)
-      found[name] = fit_scenarios.variables(model), {"history": history, "evaluate": results}
+  for name in MODELS:
+    arrays = np.load(directory / f"{name}.0.npz")
+    logs = json.loads((directory / f"{name}.0.json").read_text())
+    found[name] = [arrays[key] for key in arrays.files], logs
   return found
 
 
