@@ -47,7 +47,7 @@ class Place:
 
   @property
   def alone(self) -> bool:
-    """Whether there is no other task."""
+    """Whether this is the only task."""
     return self.cluster.num_tasks == 1
 
   def distribute(self, parts: list):

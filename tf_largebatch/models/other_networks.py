@@ -25,7 +25,7 @@ def build(recipe: Recipe, num_classes: int, dtype: str) -> keras.Model:
     `[batch, num_classes]`.
 
   Raises:
-    UserError: there is no such network, or it cannot be built or trained.
+    UserError: the network is not found, or cannot be built or trained.
   """
   shape = (recipe.image_size, recipe.image_size, len(recipe.channel_mean))
   make = _find(recipe.network)

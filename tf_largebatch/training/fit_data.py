@@ -220,7 +220,7 @@ class EvaluationData:
     elements = iter(self._dataset)
     first = next(elements, None)
     if first is None:
-      raise UserError("There are no examples to evaluate.")
+      raise UserError("The data to evaluate hold no example.")
     self._started = itertools.chain([first], elements)
     return first[1]
 
