@@ -53,6 +53,7 @@ NOT_RUN = {
   "sbatch": "needs a Slurm; tests/tools/slurm_test.py runs it with SLURM_TESTS=1",
   "tensorboard": "serves pages until it is stopped",
   "tools/benchmark/measure_on_gpu.sh": "needs a GPU",
+  "tools.side_by_side.keras_issue_20585": "shows an error of Keras, not of ours",
 }
 
 
