@@ -183,7 +183,6 @@ class _Evaluation:
   data: EvaluationData
   reset: list
   step: Callable
-  results: Callable
 
   @classmethod
   def make(cls, model: keras.Model, place: Place, data: EvaluationData) -> "_Evaluation":
@@ -192,7 +191,7 @@ class _Evaluation:
     made = keras_pass.untrained(model)
     fit_checks.require_sums(made, first)
     step = fit_steps.make_test_step(made, place)
-    return cls(model, place, data, made.reset, step, fit_steps.make_results(made))
+    return cls(model, place, data, made.reset, step)
 
   def run(self, callbacks: keras.callbacks.CallbackList) -> dict[str, Any]:
     """Returns the loss and the metrics over all examples."""
@@ -203,16 +202,16 @@ class _Evaluation:
     for number, (batch, counts, facts) in enumerate(self.data.groups()):
       callbacks.on_test_batch_begin(number)
       sent = tf.constant([float(model.stop_evaluating), *facts], tf.float64)
-      new, sums = self.step(batch, counts, totals, sent)
+      new, sums, found = self.step(batch, counts, totals, sent)
       if not place.alone:
         fit_steps.require_equal_facts(sums.numpy(), place.replicas)
-        if sums.numpy()[0, fit_steps.STOP]:
+        if number and sums.numpy()[0, fit_steps.STOP]:
           break  # A callback asked to stop before this group, which therefore does not count.
-      totals = new
-      callbacks.on_test_batch_end(number, self.results(totals))
+      totals, logs = new, found
+      callbacks.on_test_batch_end(number, logs)
       if place.alone and model.stop_evaluating:
         break
-    logs = _to_python(self.results(totals))
+    logs = _to_python(logs)
     callbacks.on_test_end(logs)
     return logs
 
@@ -224,7 +223,7 @@ class _Fit:
   Attributes:
     model, place, training: what is trained, where, and on what.
     callbacks: that run on this task.
-    step, results: see `fit_steps`.
+    step: see `fit_steps`.
     reset: the metrics' state before an epoch.
     stops_inside: whether a task's callbacks may end an epoch early.
     draws: states of random seeds, and by how much a step changes each.
@@ -237,7 +236,6 @@ class _Fit:
   training: TrainingData
   callbacks: keras.callbacks.CallbackList
   step: Callable
-  results: Callable
   reset: list
   stops_inside: bool
   draws: list[tuple[keras.Variable, np.ndarray]]
@@ -263,8 +261,7 @@ class _Fit:
     )
     step = fit_steps.make_fit_step(made, place, replica_batch, workers, stops_inside)
     chosen = _callback_list(model, place, callbacks, verbose, epochs=epochs, steps=training.steps)
-    results = fit_steps.make_results(made)
-    return cls(model, place, training, chosen, step, results, made.reset, stops_inside, draws)
+    return cls(model, place, training, chosen, step, made.reset, stops_inside, draws)
 
   def run(self, initial_epoch: int, epochs: int, validation_freq) -> keras.callbacks.History:
     """Trains and evaluates the epochs."""
@@ -307,13 +304,14 @@ class _Fit:
   def _train_epoch(self, epoch: int) -> dict[str, Any]:
     """Trains one epoch and returns its loss and metrics."""
     callbacks, place = self.callbacks, self.place
+    # Keras turns logs into floats even if no callback asks for them, which waits for a GPU.
     watched = _watches_batches(callbacks.callbacks)
     totals = [tf.convert_to_tensor(value) for value in self.reset]
     before = None  # The facts of the step before, which are read while the next one runs.
     for number, (batch, facts) in enumerate(self.training.epoch(epoch)):
       callbacks.on_train_batch_begin(number)
       sent = tf.constant([float(self.model.stop_training), *facts], tf.float64)
-      totals, sums = self.step(batch, totals, sent)
+      totals, sums, logs = self.step(batch, totals, sent)
       if not place.alone:
         if before is not None:
           fit_steps.require_equal_facts(before.numpy(), place.replicas)
@@ -321,12 +319,12 @@ class _Fit:
         if self.stops_inside and sums.numpy()[0, fit_steps.STOP]:
           break  # This step changed nothing.
       self.steps_done += 1
-      callbacks.on_train_batch_end(number, self.results(totals) if watched else None)
+      callbacks.on_train_batch_end(number, logs if watched else None)
       if place.alone and self.model.stop_training:
         break
     if before is not None:
       fit_steps.require_equal_facts(before.numpy(), place.replicas)
-    return _to_python(self.results(totals))
+    return _to_python(logs)
 
   def _asked_to_stop(self) -> bool:
     """Whether a callback of any task asked to stop; all tasks then do."""

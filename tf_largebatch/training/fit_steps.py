@@ -35,8 +35,8 @@ def make_fit_step(
 
   Returns:
     A function of a distributed batch, the metrics' state and this task's facts (float64), whose
-    first is STOP. It updates the model and returns the new state and `[2, facts]`, the sums over
-    the replicas of the facts and of their squares.
+    first is STOP. It updates the model and returns the new state, `[2, facts]`, the sums over the
+    replicas of the facts and of their squares, and the loss and the metrics by name.
   """
   variables, optimizer = keras_pass.variables, keras_pass.model.optimizer
   with_xla = bool(keras_pass.model.jit_compile)
@@ -70,7 +70,7 @@ def make_fit_step(
     replica.merge_call(update, args=(gradients, statistics, counters, facts))
     return keras_pass.add(totals, increments), facts
 
-  return _compiled(place, replica_step)
+  return _compiled(place, replica_step, keras_pass.results)
 
 
 def make_test_step(keras_pass: KerasPass, place: Place) -> Callable:
@@ -95,7 +95,7 @@ def make_test_step(keras_pass: KerasPass, place: Place) -> Callable:
       _, (own, facts) = passes.total([], (own, facts))
       return keras_pass.add(totals, own), facts
 
-    return _compiled(place, replica_step)
+    return _compiled(place, replica_step, keras_pass.results)
 
   def step(parts, counts, totals, facts):
     shapes = tuple(tuple(x.shape) for x in tf.nest.flatten(parts[0]))
@@ -106,18 +106,16 @@ def make_test_step(keras_pass: KerasPass, place: Place) -> Callable:
   return step
 
 
-def make_results(keras_pass: KerasPass) -> Callable:
-  """Builds the function from the metrics' state to the loss and metrics by name."""
-  return tf.function(keras_pass.results, autograph=False)
-
-
-def _compiled(place: Place, replica_step: Callable) -> Callable:
+def _compiled(place: Place, replica_step: Callable, results: Callable) -> Callable:
   strategy = place.strategy
 
   @tf.function(autograph=False)
   def step(*arguments):
-    results = strategy.run(replica_step, args=arguments)  # The same on every replica.
-    return tf.nest.map_structure(lambda r: strategy.experimental_local_results(r)[0], results)
+    returned = strategy.run(replica_step, args=arguments)  # The same on every replica.
+    totals, facts = tf.nest.map_structure(
+      lambda r: strategy.experimental_local_results(r)[0], returned
+    )
+    return totals, facts, results(totals)
 
   return step
 

@@ -211,6 +211,8 @@ def total(gradients: list, others: Any, options: RunOptions = RunOptions()):  # 
 
   def reduce(addends):
     totals = list(addends)
+    if tf.distribute.get_replica_context().num_replicas_in_sync == 1:
+      return totals  # A reduction would make the update wait for the whole of backprop.
     for dtype in dict.fromkeys(addend.dtype for addend in addends):
       places = [index for index, addend in enumerate(addends) if addend.dtype == dtype]
       reduced = tf.distribute.get_replica_context().all_reduce(
