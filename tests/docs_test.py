@@ -42,6 +42,7 @@ RUN = {
   "tools.stock_keras": "tests/tools/stock_keras_test.py",
   "tools.study": "tests/tools/study_test.py",
   "tools.verify": "tests/tools/verify_test.py",
+  "tests.keras_own.report": "tests/keras_own/keras_own_test.py",
   "tests.docs_test": "tests/docs_test.py::test_the_options_document_is_current",
 }
 # Commands that no test runs, and why.

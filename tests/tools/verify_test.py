@@ -10,7 +10,7 @@ import pytest
 from tests.launching import ROOT, launch, run_module
 from tools.conformance.mutations import MUTATIONS
 from tools.conformance.negative_controls import make_copy
-from tools.conformance.properties.checks import CHECKS, SLOW
+from tools.conformance.properties.checks import CHECKS, SLOW, not_covered
 from tools.conformance.properties.result import Result
 
 NAMES = [name for name in CHECKS if name not in SLOW]
@@ -34,6 +34,19 @@ def test_a_property_holds_up_to_its_limit(deviation, holds):
   assert Result("x", deviation, 1.0, "").holds == holds
 
 
+def test_other_recipes_name_what_says_nothing_about_them():
+  assert not_covered("resnet50", "steps", "momentum_corrected_sgd") == {}
+  for fields, expected in (
+    (("resnet50", "cosine", "momentum_corrected_sgd"), {"step decay"}),
+    (("resnet50", "steps", "lars"), {"weight decay", "momentum correction", "whole step"}),
+    (
+      ("EfficientNetV2B0", "steps", "momentum_corrected_sgd"),
+      {"network", "variables", "initial γ", "initial kernels", *SLOW},
+    ),
+  ):
+    assert not_covered(*fields).keys() == expected <= CHECKS.keys()
+
+
 @pytest.mark.parametrize(
   "module, flag, expected",
   [
@@ -47,6 +60,7 @@ def test_a_property_holds_up_to_its_limit(deviation, holds):
       "--output=/nowhere/report.json",
       "error: --output=/nowhere/report.json cannot be written",
     ),
+    ("tools.verify", "--decay=linear", "error: decay='linear' is unknown; use one of steps"),
     ("tools.verify", "aggregation", "error: Unexpected argument 'aggregation'"),
     (
       "tools.conformance.negative_controls",

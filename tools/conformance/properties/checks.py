@@ -44,6 +44,20 @@ CHECKS: dict[str, Callable[..., list[Result]]] = {
 SLOW = ("ResNet-50 float64", "ResNet-50 float32")
 
 
+def not_covered(network: str, decay: str, optimizer: str) -> dict[str, str]:
+  """The properties that say nothing about a recipe with these fields, and why."""
+  found = {}
+  if network != "resnet50":
+    names = ("network", "variables", "initial γ", "initial kernels", *SLOW)
+    found |= dict.fromkeys(names, f"of ResNet-50, not of {network}")
+  if decay != "steps":
+    found["step decay"] = f"the decay is {decay}"
+  if optimizer != "momentum_corrected_sgd":
+    names = ("weight decay", "momentum correction", "whole step")
+    found |= dict.fromkeys(names, f"of momentum_corrected_sgd, not of {optimizer}")
+  return found
+
+
 def verify(strategy, names: Collection[str] = ()) -> list[Result]:
   """Checks properties on the strategy; each deviation is the largest that any task found.
 
