@@ -12,6 +12,7 @@ from tests.training.small_runs import RECIPE, train
 from tf_largebatch.errors import UserError
 from tf_largebatch.signals import StopRequest
 from tf_largebatch.training.loop import Loop
+from tf_largebatch.training.noise_scale import NoiseScale
 
 
 class Discard:
@@ -64,6 +65,7 @@ def make_loop(first_request, log_every_steps, saves):
     metrics=Discard(),
     bad=None,
     stop=StopRequest(),
+    noise=NoiseScale(RECIPE),
     alone=False,
   )
 

@@ -76,6 +76,7 @@ def test_metrics(run):
   for record in trains:
     assert record["images_per_second"] > 0 and 0 <= record["input_wait_share"] <= 1
     assert record["gradient_norm"] > 0 and record["weight_norm"] > 0
+    assert record["gradient_variance"] > 0 and 1 < record["adascale_gain"] <= 2
   np.testing.assert_allclose(trains[0]["momentum_correction_factor"], 0.125 / 0.1, rtol=1e-6)
   np.testing.assert_allclose(trains[4]["momentum_correction_factor"], 1, rtol=1e-6)
 
@@ -133,7 +134,8 @@ def test_other_data_are_refused_and_nothing_is_lost(run, tmp_path, monkeypatch):
 
 def comparable(directory):
   """The records without the values that depend on the clock."""
-  return [(r["kind"], r["step"], r["loss"], r["error"]) for r in read_metrics(str(directory))]
+  names = ("kind", "step", "loss", "error", "gradient_variance", "noise_scale", "adascale_gain")
+  return [[record.get(name) for name in names] for record in read_metrics(str(directory))]
 
 
 @pytest.mark.parametrize("method, number", [("train", 8), ("evaluation", 6)])

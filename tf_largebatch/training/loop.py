@@ -17,7 +17,11 @@ from tf_largebatch.training.bad_examples import BadExamples
 from tf_largebatch.training.building import Networks
 from tf_largebatch.training.checkpoint import Checkpoints
 from tf_largebatch.training.metrics import MetricsWriter
+from tf_largebatch.training.noise_scale import NoiseScale
 from tf_largebatch.training.reporting import REMEDIES
+
+# The scalars of a step from which the noise scale comes.
+_NOISE = ("gradient_variance", "squared_gradient")
 
 
 @dataclasses.dataclass
@@ -35,6 +39,7 @@ class Loop:
     networks, checkpoints, metrics: where the run's state, checkpoints and records are.
     bad: the bad examples that are skipped; None: none are.
     stop: the request to stop.
+    noise: running averages of the gradient noise scale.
     alone: whether the run has a single task.
     done: steps done.
     before_saving: called before each checkpoint.
@@ -54,6 +59,7 @@ class Loop:
   metrics: MetricsWriter
   bad: BadExamples | None
   stop: StopRequest
+  noise: NoiseScale
   alone: bool
   done: int = 0
   before_saving: Callable[[], None] = lambda: None
@@ -124,6 +130,8 @@ class Loop:
     window.losses.append(loss)
     window.errors.append(float(scalars["error"]))
     self.stop_requested = float(scalars["stop"]) > 0
+    if "gradient_variance" in scalars:
+      window.noise.append([float(scalars[name]) for name in _NOISE])
 
   def _record(self, window: "_Window", scalars: dict):
     """Writes a training record: means over the window, and the last step's other scalars."""
@@ -132,6 +140,13 @@ class Loop:
     if not math.isfinite(record["gradient_norm"]):
       del record["gradient_norm"]  # The loss scale had this step skipped.
     record["loss"], record["error"] = float(np.mean(window.losses)), float(np.mean(window.errors))
+    for name in _NOISE:
+      record.pop(name, None)
+    noise = np.asarray(window.noise).reshape(-1, len(_NOISE))
+    noise = noise[np.isfinite(noise).all(axis=1)]  # The loss scale skips the other steps.
+    if len(noise):
+      means = noise.mean(axis=0).tolist()
+      record |= dict(zip(_NOISE, means, strict=True)) | self.noise.update(self.done, *means)
     images = len(window.losses) * self.recipe.global_batch_size
     record["images_per_second"] = images / seconds
     record["input_wait_share"] = window.waited / seconds
@@ -192,6 +207,7 @@ class _Window:
 
   Attributes:
     losses, errors: of each step.
+    noise: estimates of each step, see `noise_scale`; empty if a step has one pass.
     waited: seconds spent waiting for batches.
   """
 
@@ -200,6 +216,7 @@ class _Window:
     self.waited = 0.0
     self.losses: list[float] = []
     self.errors: list[float] = []
+    self.noise: list[list[float]] = []
 
   def next_batch(self, batches: Iterator):
     before = time.perf_counter()

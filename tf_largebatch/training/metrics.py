@@ -26,6 +26,10 @@ class MetricsWriter:
   `work_dir/metrics.jsonl` has one object per line: {"kind": "train" | "eval", "step", "epoch", …};
   docs/metrics.md lists every field. Records past `first_step` (of a session that was cut off) are
   dropped there and in TensorBoard's files, because these steps will be done again.
+
+  Attributes:
+    records: of all sessions, in order.
+    evaluations: of these, the evaluations.
   """
 
   def __init__(
@@ -68,12 +72,12 @@ class MetricsWriter:
       "train": first_step,
       "eval": first_step if evaluated_step is None else evaluated_step,
     }
-    self._records = [
+    self.records = [
       record
       for record in records
       if record is not None and record["step"] <= self._last.get(record["kind"], first_step)
     ]
-    self.evaluations = [record for record in self._records if record["kind"] == "eval"]
+    self.evaluations = [record for record in self.records if record["kind"] == "eval"]
     self._unflushed: list[dict] = []
     self._lines = None  # Open while the file or its buffer holds all records.
     self._failing = False
@@ -126,7 +130,7 @@ class MetricsWriter:
 
   def _write(self, kind: str, step: int, epoch: float, scalars: dict[str, float]) -> dict:
     record = {"kind": kind, "step": step, "epoch": epoch, **scalars}
-    self._records.append(record)
+    self.records.append(record)
     self._unflushed.append(record)
     with self._retrying_later():
       if self._lines is not None:
@@ -147,7 +151,7 @@ class MetricsWriter:
 
   def _write_again(self):
     """Makes all files hold exactly the records, whatever a killed run or a failed write left."""
-    files.write_text(self._path, "".join(json.dumps(r) + "\n" for r in self._records))
+    files.write_text(self._path, "".join(json.dumps(r) + "\n" for r in self.records))
     # TensorBoard reads nothing past a torn event, so after a failed write a new file begins.
     self._events.open()
     self._events.drop_after({_GROUPS[kind]: step for kind, step in self._last.items()})

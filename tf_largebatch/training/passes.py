@@ -126,6 +126,7 @@ def make_replica_sums(
   addends: Sequence[tf.TensorSpec],
   workers_per_pass: int = 1,
   jit_compile: bool = False,
+  with_norms: bool = False,
 ) -> Callable:
   """Builds the pure function that computes what the workers of one replica add to the step.
 
@@ -136,6 +137,8 @@ def make_replica_sums(
     addends: shapes and dtypes of the further addends.
     workers_per_pass: g.
     jit_compile: whether XLA compiles the function.
+    with_norms: whether each pass adds, as the last of the further addends, the square of the L2
+      norm of what it adds to the gradients.
 
   Returns:
     A function of `Values`, the index of the replica's first worker, a batch `[workers on this
@@ -144,7 +147,9 @@ def make_replica_sums(
     addends); all but the counters are sums over the workers.
   """
 
-  one_pass = _make_pass(forward, workers, workers_per_pass)
+  one_pass = _make_pass(forward, workers, workers_per_pass, with_norms)
+  if with_norms:
+    addends = [*addends, tf.TensorSpec([], addends[0].dtype)]
 
   def replica_sums(values, first_worker, batch, loss_scale=None):
     # [workers, n, …] → [passes, g·n, …]; within a pass, batch normalisation keeps the n apart.
@@ -167,21 +172,28 @@ def make_replica_sums(
       )
       return index + 1, (new[0], new[1], counters, new[2])
 
-    zeros = (
-      [tf.zeros_like(weight) for weight in values.weights],
-      [tf.zeros_like(statistic) for statistic in values.statistics],
-      list(values.counters),
-      [tf.zeros(addend.shape, addend.dtype) for addend in addends],
-    )
+    start = (0, _zeros(values, addends))
     _, sums = tf.while_loop(
-      lambda index, _: index < count, add_pass, (0, zeros), parallel_iterations=PASSES_AT_ONCE
+      lambda index, _: index < count, add_pass, start, parallel_iterations=PASSES_AT_ONCE
     )
     return sums
 
   return tf.function(replica_sums, jit_compile=True) if jit_compile else replica_sums
 
 
-def _make_pass(forward: Callable, workers: int, workers_per_pass: int) -> Callable:
+def _zeros(values: Values, addends: Sequence[tf.TensorSpec]) -> tuple:
+  """The sums before the first pass."""
+  return (
+    [tf.zeros_like(weight) for weight in values.weights],
+    [tf.zeros_like(statistic) for statistic in values.statistics],
+    list(values.counters),
+    [tf.zeros(addend.shape, addend.dtype) for addend in addends],
+  )
+
+
+def _make_pass(
+  forward: Callable, workers: int, workers_per_pass: int, with_norms: bool
+) -> Callable:
   """Builds the function that adds gradients to what `forward` returns."""
 
   def one_pass(values, worker, batch, loss_scale):
@@ -193,6 +205,9 @@ def _make_pass(forward: Callable, workers: int, workers_per_pass: int) -> Callab
     gradients = [tf.convert_to_tensor(g) for g in tape.gradient(target, values.weights)]
     if loss_scale is not None:
       gradients = [gradient / (loss_scale * workers) for gradient in gradients]
+    if with_norms:
+      squares = [tf.nn.l2_loss(gradient) for gradient in gradients]
+      more = [*more, 2 * tf.cast(tf.add_n(squares), more[0].dtype)]
     share = workers_per_pass / workers
     return gradients, [statistic * share for statistic in statistics], counters, more
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 from tf_largebatch.optim.loss_scale import LossScale
 from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
-from tf_largebatch.training import passes
+from tf_largebatch.training import noise_scale, passes
 from tf_largebatch.training.passes import PASSES_AT_ONCE, Variables
 
 
@@ -32,7 +32,8 @@ def make_paper_sums(model: keras.Model, recipe: Recipe, options: RunOptions) -> 
       loss_scale: multiplies the loss before backprop; None: no scaling.
     It returns (gradients, moving statistics, counters, [loss, error]): the workers' sums, each
     already divided by the kn images (loss, gradients, error: the paper's remark 3) or the k workers
-    (statistics) of the whole step, so that the sum over the replicas is complete.
+    (statistics) of the whole step, so that the sum over the replicas is complete. If a step has
+    several passes, the sum of their gradients' squared norms follows the error.
   """
   images_in_step = recipe.global_batch_size
   variables = Variables.of(model)
@@ -48,8 +49,18 @@ def make_paper_sums(model: keras.Model, recipe: Recipe, options: RunOptions) -> 
 
   scalar = tf.TensorSpec([], model.trainable_variables[0].dtype)
   return passes.make_replica_sums(
-    forward, recipe.workers, [scalar, scalar], options.workers_per_pass or 1, uses_xla(options)
+    forward,
+    recipe.workers,
+    [scalar, scalar],
+    options.workers_per_pass or 1,
+    uses_xla(options),
+    with_norms=_count_passes(recipe, options) > 1,
   )
+
+
+def _count_passes(recipe: Recipe, options: RunOptions) -> int:
+  """The passes of all replicas in a step."""
+  return recipe.workers // (options.workers_per_pass or 1)
 
 
 def _loss_sum(recipe: Recipe, labels, logits):
@@ -73,6 +84,7 @@ def make_train_step(
   recipe: Recipe,
   options: RunOptions = RunOptions(workers_per_pass=1),  # noqa: B008 (it is frozen)
   loss_scale: LossScale | None = None,
+  train_examples: int | None = None,
 ) -> Callable:
   """Builds the step; model, optimizer and loss_scale were created in `strategy.scope()`.
 
@@ -82,6 +94,8 @@ def make_train_step(
     recipe: resolved.
     options: of these, workers_per_pass (None: 1), jit_compile and those of the all-reduce.
     loss_scale: for a float16 recipe.
+    train_examples: size of the training split, which the noise scale takes into account; None:
+      without end.
 
   Returns:
     A function of one element of a distributed `input_pipeline.train_dataset`, and of a number that
@@ -89,11 +103,13 @@ def make_train_step(
     and error (means over the kn images), learning_rate, momentum_correction_factor, gradient_norm
     (of the step's summed gradient, without weight decay), weight_norm (before the step), and stop,
     the sum of the replicas' numbers, from which all tasks learn in one step that one was asked;
-    with a loss scale also loss_scale and skipped_steps.
+    with a loss scale also loss_scale and skipped_steps; with several passes in a step also
+    gradient_variance and squared_gradient (see `noise_scale`).
   """
   variables, replica_sums = Variables.of(model), make_paper_sums(model, recipe, options)
   update = _make_update(variables, optimizer, loss_scale)
   workers_on_replica = recipe.workers // strategy.num_replicas_in_sync
+  noise = _make_noise(recipe, options, train_examples)
 
   def replica_step(images, labels, stop):
     replica = tf.distribute.get_replica_context()
@@ -103,17 +119,12 @@ def make_train_step(
     gradients, statistics, counters, sums = replica_sums(values, first, (images, labels), scale)
     stop = _on_this_device(stop, sums[0].dtype)
     gradients, totals = passes.total(gradients, (statistics, *sums, stop), options)
-    statistics, loss, error, stop = totals
+    statistics, loss, error, *squared_norms, stop = totals
     gradient_norm = tf.linalg.global_norm(gradients)
-    scalars = {
-      "loss": loss,
-      "error": error,
-      "learning_rate": tf.cast(optimizer.learning_rate, loss.dtype),
-      "momentum_correction_factor": optimizer.momentum_correction_factor(),
-      "gradient_norm": gradient_norm,
-      "weight_norm": tf.linalg.global_norm(values.weights),
-      "stop": stop,
-    }
+    scalars = {"loss": loss, "error": error, "gradient_norm": gradient_norm, "stop": stop}
+    scalars |= _before_update(optimizer, values, loss.dtype)
+    if squared_norms:
+      scalars |= noise(squared_norms[0], gradient_norm)
     if loss_scale is not None:
       scalars["loss_scale"] = scale
       scalars["skipped_steps"] = tf.convert_to_tensor(loss_scale.skipped_steps.value)
@@ -126,6 +137,28 @@ def make_train_step(
     return {name: strategy.experimental_local_results(v)[0] for name, v in scalars.items()}
 
   return train_step
+
+
+def _before_update(optimizer, values: passes.Values, dtype) -> dict:
+  """Scalars that the update changes, by name."""
+  return {
+    "learning_rate": tf.cast(optimizer.learning_rate, dtype),
+    "momentum_correction_factor": optimizer.momentum_correction_factor(),
+    "weight_norm": tf.linalg.global_norm(values.weights),
+  }
+
+
+def _make_noise(recipe: Recipe, options: RunOptions, train_examples: int | None) -> Callable:
+  """Builds the function from a step's sums to the estimates of `noise_scale`, by name."""
+  passes_in_step, images = _count_passes(recipe, options), recipe.global_batch_size
+
+  def noise(squared_norms, gradient_norm):
+    variance, squared_gradient = noise_scale.estimate(
+      squared_norms, gradient_norm**2, passes_in_step, images, train_examples
+    )
+    return {"gradient_variance": variance, "squared_gradient": squared_gradient}
+
+  return noise
 
 
 def _on_this_device(value, dtype):

@@ -28,6 +28,7 @@ from tf_largebatch.training.evaluation import make_evaluation
 from tf_largebatch.training.finishing import finish
 from tf_largebatch.training.loop import Loop
 from tf_largebatch.training.metrics import MetricsWriter
+from tf_largebatch.training.noise_scale import NoiseScale
 from tf_largebatch.training.resolution import resolve_run
 from tf_largebatch.training.workers_per_pass import check_workers_per_pass, with_workers_per_pass
 
@@ -248,7 +249,13 @@ def _make_loop(
     options=options,
     steps_per_epoch=run.facts["derived"]["steps_per_epoch"],
     train_step=step.make_train_step(
-      strategy, networks.model, networks.optimizer, recipe, options, networks.loss_scale
+      strategy,
+      networks.model,
+      networks.optimizer,
+      recipe,
+      options,
+      networks.loss_scale,
+      run.source.num_examples,
     ),
     batches=batches.train_batches(strategy, cluster, recipe, run.source, done, bad),
     evaluate=make_evaluation(
@@ -267,6 +274,7 @@ def _make_loop(
     metrics=metrics,
     bad=bad,
     stop=stop,
+    noise=NoiseScale(recipe, metrics.records),
     alone=cluster.num_tasks == 1,
     done=done,
     seconds=seconds,

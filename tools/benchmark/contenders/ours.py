@@ -64,6 +64,7 @@ def _make_loop(model, optimizer, recipe: Recipe, train_step, batch, bare: Runner
   from tf_largebatch.training.checkpoint import Checkpoints
   from tf_largebatch.training.loop import Loop
   from tf_largebatch.training.metrics import MetricsWriter
+  from tf_largebatch.training.noise_scale import NoiseScale
 
   within = 0.0
 
@@ -88,6 +89,7 @@ def _make_loop(model, optimizer, recipe: Recipe, train_step, batch, bare: Runner
     metrics=MetricsWriter(work_dir, recipe.to_dict(), 0, 10**6),
     bad=None,
     stop=StopRequest(),
+    noise=NoiseScale(recipe),
     alone=True,
   )
 
