@@ -57,7 +57,6 @@ def define_flags():
     f"Names of the properties to check; empty: all but {', '.join(SLOW)}, which take minutes.",
   )
 
-
   paper = Recipe()
   for name in _FIELDS:
     flags.DEFINE_string(name, getattr(paper, name), f"The recipe's {name}, as in a training run.")
@@ -67,8 +66,8 @@ def _check_flags(cluster: Cluster) -> pathlib.Path | None:
   """Reports a user's mistake before TensorFlow starts; returns the file that the chief writes.
 
   Raises:
-    UserError: a property or a field of the recipe is unknown, there are several tasks of several logical CPUs, or the output
-      cannot be written.
+    UserError: a property or a field of the recipe is unknown, there are several tasks of several
+      logical CPUs, or the output cannot be written.
   """
   unknown = [name for name in flags.FLAGS.only if name not in CHECKS]
   if unknown:

@@ -21,6 +21,8 @@ from tf_largebatch.options import RunOptions
 PASSES_AT_ONCE = min(2, usable_cores())
 # Odd, so the seeds of 2^32 workers differ; its multiples are spread over the 32 bits (2^32 / φ).
 _SEED_STRIDE = 2654435769
+# Elements of a gradient below which starting an operation costs more than copying it.
+_SMALL = 2**16
 
 
 class Values(NamedTuple):
@@ -181,6 +183,14 @@ def make_replica_sums(
   return tf.function(replica_sums, jit_compile=True) if jit_compile else replica_sums
 
 
+def _squared_norm(gradients: list):
+  """The square of the L2 norm, with few operations: one by one, small tensors cost their start."""
+  small = [tf.reshape(g, [-1]) for g in gradients if g.shape.num_elements() < _SMALL]
+  large = [g for g in gradients if g.shape.num_elements() >= _SMALL]
+  parts = [tf.concat(small, 0), *large] if small else large
+  return 2 * tf.add_n([tf.nn.l2_loss(part) for part in parts])
+
+
 def _zeros(values: Values, addends: Sequence[tf.TensorSpec]) -> tuple:
   """The sums before the first pass."""
   return (
@@ -206,8 +216,7 @@ def _make_pass(
     if loss_scale is not None:
       gradients = [gradient / (loss_scale * workers) for gradient in gradients]
     if with_norms:
-      squares = [tf.nn.l2_loss(gradient) for gradient in gradients]
-      more = [*more, 2 * tf.cast(tf.add_n(squares), more[0].dtype)]
+      more = [*more, tf.cast(_squared_norm(gradients), more[0].dtype)]
     share = workers_per_pass / workers
     return gradients, [statistic * share for statistic in statistics], counters, more
 
