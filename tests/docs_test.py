@@ -33,6 +33,7 @@ RUN = {
   "tools.benchmark.step": "tests/tools/benchmark/step_test.py",
   "tools.compare_runs": "tests/tools/compare_runs_test.py",
   "tools.conformance.negative_controls": "tests/tools/verify_test.py",
+  "tools.critical_batch": "tests/tools/critical_batch_test.py",
   "tools.datasets.make_photographs": "tests/tools/datasets/make_photographs_test.py",
   "tools.forecast": "tests/tools/forecast_test.py",
   "tools.launch_local": "tests/training/multi_task_test.py::test_the_binary_on_two_tasks",

@@ -34,7 +34,7 @@ def read_run(work_dir: str, recipe: Recipe) -> Run:
     UserError: nothing has been evaluated yet, or a file is damaged.
   """
   complete = _is_complete(work_dir)
-  records = _read_records(work_dir, complete)
+  records = read_records(work_dir)
   validation = {each["epoch"]: each["error"] for each in records if each["kind"] == "eval"}
   if not validation:
     raise UserError(
@@ -54,7 +54,13 @@ def _is_complete(work_dir: str) -> bool:
     raise UserError(f"{path} is not the result of a run ({error}); leave that run out.") from error
 
 
-def _read_records(work_dir: str, complete: bool) -> list[dict]:
+def read_records(work_dir: str) -> list[dict]:
+  """Reads the records of the run in a work directory, which may still be training.
+
+  Raises:
+    UserError: there are none, or the file is damaged.
+  """
+  complete = _is_complete(work_dir)  # Before the records, which may still grow.
   # Imports TensorFlow, so not before the recipes have been checked.
   from tf_largebatch.training.metrics import read_metrics
 
