@@ -23,15 +23,14 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator
 
-import numpy as np
 from absl import flags
 
 from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
 from tools import program
 from tools.studies import output
+from tools.studies.noise import Epoch, critical_batch, epochs_of
 from tools.studies.work_directories import read_recipe, read_records
 
 _SHARES = (0.8, 0.5)
@@ -40,74 +39,6 @@ _NAME = "critical_batch"
 
 def define_flags():
   flags.DEFINE_string("output_dir", _NAME, "Directory for the files to write.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Epoch:
-  """The noise of an epoch.
-
-  Attributes:
-    epoch: its number, from 1.
-    variance, squared_gradient: means of tr Σ and |G|² over its steps.
-    error: standard error of B; NaN with one record.
-  """
-
-  epoch: int
-  variance: float
-  squared_gradient: float
-  error: float
-
-  @property
-  def noise_scale(self) -> float:
-    """B; infinite if no gradient is seen above the noise."""
-    return _ratio(self.variance, self.squared_gradient)
-
-
-def _ratio(variance, squared_gradient) -> float:
-  return max(variance, 0.0) / squared_gradient if squared_gradient > 0 else math.inf
-
-
-def critical_batch(noise_scale: float, per_worker_batch_size: int, share: float) -> float:
-  """The largest kn at which AdaScale's gain is still this share of k.
-
-  From (B + n) / (B + kn) = s.
-
-  Args:
-    noise_scale: B.
-    per_worker_batch_size: n.
-    share: s, above 0 and at most 1.
-  """
-  return (noise_scale * (1 - share) + per_worker_batch_size) / share
-
-
-def epochs_of(records: list[dict]) -> Iterator[Epoch]:
-  """The epochs that training records with `gradient_variance` tell of, in order."""
-  spans, last = {}, 0
-  for record in records:
-    if record["kind"] != "train":
-      continue
-    steps, last = record["step"] - last, record["step"]
-    if "gradient_variance" in record:
-      row = (steps, record["gradient_variance"], record["squared_gradient"])
-      spans.setdefault(math.ceil(record["epoch"] - 1e-9), []).append(row)
-  for epoch, rows in sorted(spans.items()):
-    steps, variances, squares = np.array(rows, np.float64).T
-    without = np.sum(steps) - steps
-    with np.errstate(divide="ignore", invalid="ignore"):
-      jackknife = [
-        _ratio(v, s)
-        for v, s in zip(
-          (np.sum(steps * variances) - steps * variances) / without,
-          (np.sum(steps * squares) - steps * squares) / without,
-          strict=True,
-        )
-      ]
-    count = len(rows)
-    error = (
-      math.sqrt((count - 1) * np.var(jackknife)) if np.all(np.isfinite(jackknife)) else math.nan
-    )
-    means = np.average([variances, squares], axis=1, weights=steps)
-    yield Epoch(epoch, *map(float, means), error if count > 1 else math.nan)
 
 
 def _read(work_dir: str) -> tuple[Recipe, list[Epoch]]:
@@ -134,8 +65,8 @@ def _table(work_dir: str, recipe: Recipe, epochs: list[Epoch]) -> list[str]:
   return lines
 
 
-def _shown(value: float) -> str:
-  return "-" if not math.isfinite(value) else f"{value:.0f}"
+def _shown(value: float | None) -> str:
+  return "-" if value is None or not math.isfinite(value) else f"{value:.0f}"
 
 
 def _draw(runs: dict[str, tuple[Recipe, list[Epoch]]]) -> bytes:
@@ -161,16 +92,12 @@ def _draw(runs: dict[str, tuple[Recipe, list[Epoch]]]) -> bytes:
 
 
 def _as_json(recipe: Recipe, epochs: list[Epoch]) -> dict:
-  finite = lambda value: value if math.isfinite(value) else None  # noqa: E731 - JSON has no NaN.
   n = recipe.per_worker_batch_size
-  rows = [
-    {
-      **{name: finite(value) for name, value in dataclasses.asdict(each).items()},
-      "noise_scale": finite(each.noise_scale),
-      "kn": {str(share): finite(critical_batch(each.noise_scale, n, share)) for share in _SHARES},
-    }
-    for each in epochs
-  ]
+  rows = []
+  for each in epochs:
+    scale = each.noise_scale if math.isfinite(each.noise_scale) else None  # JSON has no infinity.
+    sizes = {str(s): scale if scale is None else critical_batch(scale, n, s) for s in _SHARES}
+    rows.append({**dataclasses.asdict(each), "noise_scale": scale, "kn": sizes})
   return {"workers": recipe.workers, "per_worker_batch_size": n, "epochs": rows}
 
 

@@ -75,7 +75,7 @@ def _check_flags(cluster: Cluster) -> pathlib.Path | None:
       f"--only={','.join(unknown)}: there is no such property; use any of {', '.join(CHECKS)}."
     )
   fields = {name: flags.FLAGS[name].value for name in _FIELDS}
-  Recipe(epochs=90.0, **fields)  # Raises UserError for an unknown name.
+  Recipe(**fields)  # Raises UserError for an unknown name.
   if flags.FLAGS.logical_cpus > 1 and cluster.num_tasks > 1:
     raise UserError(
       f"--logical_cpus={flags.FLAGS.logical_cpus} works with one task only; leave it out under "

@@ -6,17 +6,18 @@ import pytest
 
 from tests.keras_own.report import FILES, read_passing, reason_of, run_tests
 
-# They train small models for each value of an argument, 15 s each.
-_SLOW = ("::test_early_stopping", "::test_model_checkpoint_options", "::test_monitor_op_logic")
+_all = "KERAS_TESTS" in os.environ
+slow = pytest.mark.skipif(not _all, reason="set KERAS_TESTS=1")
 
 
-@pytest.mark.parametrize("folders", [("optimizers", "layers", "backend"), "trainers", "callbacks"])
+@pytest.mark.parametrize(
+  "folders",
+  [("optimizers", "layers", "backend"), "trainers", pytest.param("callbacks", marks=slow)],
+)
 def test_keras_own_tests_pass(folders):
   names = [name for name in read_passing() if name.startswith(folders)]
-  if "KERAS_TESTS" not in os.environ:
-    # Without the variants that differ in jit_compile alone, too: XLA takes its time.
-    with_xla = [name for name in names if name.endswith("_jit") and "_non_" not in name]
-    names = [name for name in names if not name.endswith(_SLOW) and name not in with_xla]
+  if not _all:  # Without the variants that differ in jit_compile alone: XLA takes its time.
+    names = [name for name in names if not name.endswith("_jit") or "_non_" in name]
   files = [file for file in FILES if any(name.startswith(f"{file}::") for name in names)]
   assert names and run_tests(files, names) == dict.fromkeys(names, "passed")
 

@@ -52,8 +52,6 @@ def measure(recipe: Recipe, data_dir: str, train_steps: list[int], repeats: int)
   from tf_largebatch.training.resolution import resolve
 
   recipe = resolve(recipe, 1, data_dir)
-  if recipe.workers < 2:
-    raise UserError("The noise scale needs several workers; give --workers=2 or more.")
   source = sources.open_source(recipe.dataset, recipe.train_split, data_dir, recipe.image_size)
   model = build_model(recipe, source.num_classes)
   optimizer = build_optimizer(recipe, source.num_examples)
@@ -167,7 +165,9 @@ def _table(found: dict) -> str:
 def main() -> bool:
   values = flags.FLAGS
   recipe, options = command_line.recipe_from_flags(), command_line.options_from_flags()
-  path = output.output_path("--json", values.json) if values.json else None
+  path = output.output_path("--json", values.json)
+  if (recipe.workers or 1) < 2:
+    raise UserError("The noise scale needs several workers; give --workers=2 or more.")
   try:
     steps = [int(step) for step in values.train_steps]
   except ValueError:

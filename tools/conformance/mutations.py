@@ -120,10 +120,10 @@ MUTATIONS = (
     (
       (
         "training/step",
-        "    statistics, loss, error, stop = totals\n",
+        "    statistics, loss, error, *squared_norms, stop = totals\n",
         "    local = recipe.workers / images.shape[0]\n"
         "    statistics = [local * value for value in statistics]\n"
-        "    _, loss, error, stop = totals\n",
+        "    _, loss, error, *squared_norms, stop = totals\n",
       ),
     ),
   ),

@@ -58,12 +58,13 @@ def read_study(name: str) -> list[PlannedRun]:
   _check_table(path, table, {"title": str, "flags": list, "runs": list})
   planned = []
   for runs in table["runs"]:
-    runs = {"flags": [], **runs} if isinstance(runs, dict) else {}
-    _check_table(path, runs, {"flagfile": str, "seeds": int, "flags": list})
+    runs = {"flags": [], "first_seed": 0, **runs} if isinstance(runs, dict) else {}
+    kinds = {"flagfile": str, "seeds": int, "first_seed": int, "flags": list}
+    _check_table(path, runs, kinds)
     extra = (*table["flags"], *runs["flags"])
     planned += [
       PlannedRun(path.stem, runs["flagfile"], _recipe(path, runs["flagfile"], extra, seed), extra)
-      for seed in range(runs["seeds"])
+      for seed in range(runs["first_seed"], runs["first_seed"] + runs["seeds"])
     ]
   if not planned:
     raise UserError(f"{path} plans no run; give [[runs]] with a flagfile and seeds = 1 or more.")

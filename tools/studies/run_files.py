@@ -4,6 +4,7 @@ None of this imports TensorFlow, because a process that has its threads must not
 """
 
 import contextlib
+import dataclasses
 import glob
 import json
 import os
@@ -12,7 +13,7 @@ import pathlib
 from tf_largebatch.errors import UserError, summary
 from tf_largebatch.recipe import Recipe
 from tools import hardware
-from tools.studies import curves
+from tools.studies import curves, noise
 from tools.studies.plan import PlannedRun
 
 _DIGITS = 6  # Of an error in a curve: finer than one image of a million.
@@ -100,6 +101,7 @@ def make_result(run: PlannedRun, work_dir: pathlib.Path, cores: int, divergence:
     **result,
     "training_error": _round(curves.training_curve(records)),
     "validation_error": _round(validation),
+    "noise": [dataclasses.asdict(epoch) for epoch in noise.epochs_of(records)],
     **facts,
     "flags": list(run.flags),
     "hardware": {"cpu": hardware.cpu_name(), "cores": cores},

@@ -35,6 +35,12 @@ def test_an_invalid_study_is_refused(tmp_path, text, head, message):
     read_study(make_study(tmp_path, text, head=head))
 
 
+def test_seeds_from_the_first_on(tmp_path):
+  runs = read_study(make_study(tmp_path, "seeds = 2\nfirst_seed = 5"))
+  assert [run.recipe.seed for run in runs] == [5, 6]
+  assert [run.name for run in runs] == ["small_seed5", "small_seed6"]
+
+
 def test_unknown_names_are_refused(tmp_path):
   with pytest.raises(UserError, match=r"no study nothing; give one of correction, .*or a \.toml"):
     read_study("nothing")
