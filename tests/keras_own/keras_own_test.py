@@ -2,22 +2,21 @@
 
 import os
 
-import pytest
-
 from tests.keras_own.report import FILES, read_passing, reason_of, run_tests
 
-_all = "KERAS_TESTS" in os.environ
-slow = pytest.mark.skipif(not _all, reason="set KERAS_TESTS=1")
-
-
-@pytest.mark.parametrize(
-  "folders",
-  [("optimizers", "layers", "backend"), "trainers", pytest.param("callbacks", marks=slow)],
+# Of the tests of the trainer and the callbacks, which take minutes, those that run in CI.
+_QUICK = (
+  *("::test_compute_loss_no_training_backwards_compatibility", "::test_loss_weights"),
+  *("::test_evaluate_flow_graph_fn", "::test_fit_flow_graph_fn", "::test_metric_tracking"),
+  *("::test_updates_learning_rate", "::test_terminate_on_nan_graceful_stop"),
 )
-def test_keras_own_tests_pass(folders):
-  names = [name for name in read_passing() if name.startswith(folders)]
-  if not _all:  # Without the variants that differ in jit_compile alone: XLA takes its time.
-    names = [name for name in names if not name.endswith("_jit") or "_non_" in name]
+
+
+def test_keras_own_tests_pass():
+  names = read_passing()
+  if "KERAS_TESTS" not in os.environ:
+    quick = ("optimizers/", "layers/", "backend/")
+    names = [name for name in names if name.startswith(quick) or name.endswith(_QUICK)]
   files = [file for file in FILES if any(name.startswith(f"{file}::") for name in names)]
   assert names and run_tests(files, names) == dict.fromkeys(names, "passed")
 

@@ -2,14 +2,14 @@
 
 import json
 import math
+import types
 
 import numpy as np
 import pytest
 
-from tests.launching import run_module
 from tests.tools.studies.made_up_runs import make_run
 from tf_largebatch.errors import UserError
-from tools.critical_batch import main
+from tools import critical_batch as critical_batch_program
 from tools.studies.noise import critical_batch, epochs_of
 
 
@@ -60,15 +60,17 @@ def _add_noise(work_dir, variance, squared):
     file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def test_the_table_the_picture_and_the_numbers(tmp_path):
+def test_the_table_the_picture_and_the_numbers(tmp_path, monkeypatch, capsys):
   runs = [make_run(tmp_path, name, [0.3, 0.2], per_worker_batch_size=8) for name in "ab"]
   _add_noise(runs[0], 24.0, 0.5)
   _add_noise(runs[1], 24.0, -0.5)
-  finished = run_module("tools.critical_batch", *runs, f"--output_dir={tmp_path}/out")
-  assert finished.returncode == 0, finished.stderr
+  values = types.SimpleNamespace(FLAGS=types.SimpleNamespace(output_dir=f"{tmp_path}/out"))
+  monkeypatch.setattr(critical_batch_program, "flags", values)
+  critical_batch_program.main(runs)
+  printed = capsys.readouterr().out
   # B = 48, n = 8, kn = 64: 0.25 · 48 + 1.25 · 8 and 48 + 2 · 8; (48 + 8) / (48 + 64).
-  assert finished.stdout.count("48         0            22            64           50%") == 2
-  assert finished.stdout.count("-         -             -             -          100%") == 2
+  assert printed.count("48         0            22            64           50%") == 2
+  assert printed.count("-         -             -             -          100%") == 2
   found = json.loads((tmp_path / "out" / "critical_batch.json").read_text())
   for row in found[runs[0]]["epochs"]:
     assert row["kn"] == pytest.approx({"0.8": 22.0, "0.5": 64.0}, rel=1e-12)
@@ -79,6 +81,6 @@ def test_the_table_the_picture_and_the_numbers(tmp_path):
 def test_a_run_without_the_noise_is_refused_in_one_line(tmp_path):
   run = make_run(tmp_path, "run", [0.3])
   with pytest.raises(UserError) as error:
-    main([run])
+    critical_batch_program.main([run])
   assert str(error.value).startswith(f"{run} holds no gradient_variance: its steps have one pass")
   assert "\n" not in str(error.value)

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from tests.launching import ROOT, SMALL, launch, run_module
-from tf_largebatch.training.metrics import read_metrics
+from tests.launching import ROOT, SMALL, launch
 from tools.launch_local import free_addresses, task_environment
 
 FLAGS = (*SMALL, "--epochs=1")
@@ -28,20 +27,9 @@ def test_the_binary_on_two_tasks(tmp_path):
   assert json.loads((tmp_path / "recipe.json").read_text())["cluster"]["communication"] == "ring"
   digests = re.findall(r"\[task (\d)\].*weights_sha256 (\w{64})", finished.stdout)
   assert sorted(digests) == [(task, result["weights_sha256"]) for task in ("0", "1")]
-  records = read_metrics(str(tmp_path))
-  assert [record["kind"] for record in records] == ["train"] * 4 + ["eval"]
+  assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4 + 1
   assert len(os.listdir(tmp_path / "tensorboard")) == 1
-  check_noise_scale(records, tmp_path.with_name("alone"))
   check_that_tasks_agree_on_a_checkpoint(tmp_path, result)
-
-
-def check_noise_scale(records, work_dir):
-  """One task with both workers measures the same spread of their gradients."""
-  finished = run_module("tf_largebatch.train", *FLAGS, "--workers=2", f"--work_dir={work_dir}")
-  assert finished.returncode == 0, finished.stderr
-  for two, one in zip(records[:-1], read_metrics(str(work_dir)), strict=False):
-    for name in ("gradient_variance", "adascale_gain"):
-      assert two[name] == pytest.approx(one[name], rel=1e-4)
 
 
 def check_that_tasks_agree_on_a_checkpoint(work_dir, result):

@@ -50,8 +50,9 @@ def _worker_gradients(recipe, batch):
   return np.array(rows)
 
 
-@pytest.mark.parametrize("g, jit", [(1, False), (2, False), (2, True)])
-@pytest.mark.parametrize("train_examples", [None, 100])
+@pytest.mark.parametrize(
+  "g, jit, train_examples", [(1, False, None), (2, False, 100), (2, True, 100)]
+)
 def test_a_step_measures_the_spread_of_its_passes(g, jit, train_examples):
   recipe = make_recipe(dtype="float64")
   k, n = recipe.workers, recipe.per_worker_batch_size

@@ -155,13 +155,17 @@ def worker_pass(
 
 @dataclass
 class Minibatch:
-  """Means over a minibatch of kn images; means and variances are averaged over the k workers."""
+  """Means over a minibatch of kn images; means and variances are averaged over the k workers.
+
+  squared_gradients are the workers' own, |g_j|² with g_j the mean over the worker's n images.
+  """
 
   loss: float
   error: float
   gradients: Arrays
   means: Arrays
   variances: Arrays
+  squared_gradients: list[float] = field(default_factory=list)
 
 
 def minibatch(
@@ -187,6 +191,7 @@ def minibatch(
   gradients: Arrays = {}
   means: Arrays = {}
   variances: Arrays = {}
+  squared_gradients = []
   for j in range(k):
     worker = worker_pass(
       network,
@@ -203,10 +208,11 @@ def minibatch(
     for key, gradient in worker.gradients.items():
       gradients.setdefault(key, np.zeros_like(gradient))
       gradients[key] += gradient / (k * n)
+    squared_gradients.append(sum(np.sum((g / n) ** 2) for g in worker.gradients.values()))
     for name in worker.means:
       means[name] = means.get(name, 0.0) + worker.means[name] / k
       variances[name] = variances.get(name, 0.0) + worker.variances[name] / k
-  return Minibatch(loss, errors / (k * n), gradients, means, variances)
+  return Minibatch(loss, errors / (k * n), gradients, means, variances, squared_gradients)
 
 
 @dataclass

@@ -145,7 +145,23 @@ def assert_steps(seen, recipe, network):
       "weight_norm": norm(before.parameters.values()),
     }.items():
       np.testing.assert_allclose(seen.scalars[name][step], value, rtol=10 * limit, err_msg=name)
+    assert_noise(seen, step, recipe, batch, limit)
   assert len(seen.ids) >= 30
+
+
+def assert_noise(seen, step, recipe, batch, limit):
+  """Compares the estimates from the workers' gradients; both are differences of like numbers."""
+  k, n = recipe.workers, recipe.per_worker_batch_size
+  if k == 1:
+    assert "gradient_variance" not in seen.scalars
+    return
+  mean, whole = np.mean(batch.squared_gradients), norm(batch.gradients.values()) ** 2
+  variance = n * k / (k - 1) * (mean - whole)
+  scale = n * k / (k - 1) * (mean + whole)
+  measured = {name: seen.scalars[name][step] for name in ("gradient_variance", "squared_gradient")}
+  assert abs(measured["gradient_variance"] - variance) <= 10 * limit * scale, step
+  expected = whole - variance / (k * n)
+  assert abs(measured["squared_gradient"] - expected) <= 10 * limit * (whole + mean), step
 
 
 @given(
