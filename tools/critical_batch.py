@@ -71,6 +71,7 @@ def _shown(value: float | None) -> str:
 
 def _draw(runs: dict[str, tuple[Recipe, list[Epoch]]]) -> bytes:
   from matplotlib.figure import Figure  # Slow to import, so not before the runs have been read.
+  from matplotlib.ticker import MaxNLocator
 
   figure = Figure(figsize=(5.5 * len(runs), 4), dpi=120, layout="constrained")
   panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
@@ -83,6 +84,7 @@ def _draw(runs: dict[str, tuple[Recipe, list[Epoch]]]) -> bytes:
       panel.plot(numbers, sizes, marker=".", label=f"linear scaling keeps {share:.0%}")
     panel.axhline(recipe.global_batch_size, color="grey", linestyle="--", label="this run's kn")
     panel.set(title=os.path.basename(os.path.normpath(work_dir)), xlabel="epoch", yscale="log")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(alpha=0.3)
   panels[0].set_ylabel("minibatch kn, images")
   panels[0].legend()
