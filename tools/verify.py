@@ -36,7 +36,7 @@ from tools import output, program
 from tools.conformance.properties.checks import CHECKS, SLOW, not_covered, verify
 from tools.conformance.properties.result import Result
 
-# The recipe's fields on which it depends which properties say something about it.
+# The fields of the recipe that decide which properties apply to it.
 _FIELDS = ("network", "decay", "optimizer")
 
 

@@ -16,7 +16,7 @@ from tools.conformance.properties.result import Result
 NAMES = [name for name in CHECKS if name not in SLOW]
 
 
-# They look at the network of one device, so two tasks would do the same twice.
+# These check the network on one device; a second task would only repeat the work.
 _NETWORK = ["network", "variables", "initial γ", "initial kernels"]
 
 

@@ -206,7 +206,9 @@ class _Evaluation:
       if not place.alone:
         fit_steps.require_equal_facts(sums.numpy(), place.replicas)
         if number and sums.numpy()[0, fit_steps.STOP]:
-          break  # A callback asked to stop before this group, which therefore does not count.
+          # A callback asked to stop before this group, which therefore does not count. The first
+          # one always does, because there would be no results.
+          break
       totals, logs = new, found
       callbacks.on_test_batch_end(number, logs)
       if place.alone and model.stop_evaluating:

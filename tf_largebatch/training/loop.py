@@ -136,12 +136,11 @@ class Loop:
   def _record(self, window: "_Window", scalars: dict):
     """Writes a training record: means over the window, and the last step's other scalars."""
     seconds = window.seconds()
-    record = {name: float(value) for name, value in scalars.items() if name != "stop"}
+    left_out = ("stop", *_NOISE)  # The noise is a mean, below.
+    record = {name: float(value) for name, value in scalars.items() if name not in left_out}
     if not math.isfinite(record["gradient_norm"]):
       del record["gradient_norm"]  # The loss scale had this step skipped.
     record["loss"], record["error"] = float(np.mean(window.losses)), float(np.mean(window.errors))
-    for name in _NOISE:
-      record.pop(name, None)
     noise = np.asarray(window.noise).reshape(-1, len(_NOISE))
     noise = noise[np.isfinite(noise).all(axis=1)]  # The loss scale skips the other steps.
     if len(noise):
