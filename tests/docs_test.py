@@ -161,6 +161,7 @@ def test_readme_is_short_and_finished():
 
 def test_every_field_of_the_metrics_is_documented(tmp_path):
   flags = (*SMALL, "--dtype=float16", "--bad_examples=skip", "--workers=2", "--epochs=1")
+  flags += ("--curvature_every_steps=4",)
   finished = run_module("tf_largebatch.train", *flags, f"--work_dir={tmp_path}")
   assert finished.returncode == 0, finished.stderr
   written = {

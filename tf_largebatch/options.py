@@ -51,6 +51,12 @@ class RunOptions:
     "checkpoint end a record early.",
     at_least=1,
   )
+  curvature_every_steps: int = declare(
+    0,
+    "Steps between two measurements of the loss's curvature (docs/metrics.md), each of which takes "
+    "as long as tens of steps. 0: none.",
+    at_least=0,
+  )
   evaluation_batch_size: int = declare(
     128, "Images that a device evaluates at once.", at_least=1, below=2**31
   )

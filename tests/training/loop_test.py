@@ -52,6 +52,7 @@ def make_loop(first_request, log_every_steps, saves):
     recipe=RECIPE,
     options=types.SimpleNamespace(
       log_every_steps=log_every_steps,
+      curvature_every_steps=0,
       checkpoint_every_steps=Multiples(saves),
       checkpoint_every_minutes=0,
     ),
@@ -66,6 +67,7 @@ def make_loop(first_request, log_every_steps, saves):
     bad=None,
     stop=StopRequest(),
     noise=NoiseScale(RECIPE),
+    curvature=lambda batch: {},
     alone=False,
   )
 

@@ -56,6 +56,18 @@ def test_what_a_run_leaves(run):
   assert [n["validation_error"] for n in manifests] == [r["error"] for r in evaluations]
 
 
+def test_the_curvature_is_recorded_and_changes_nothing(run, tmp_path):
+  _, result = run
+  work_dir = tmp_path / "run"
+  assert train(work_dir, curvature_every_steps=4)["weights_sha256"] == result["weights_sha256"]
+  names = {"batch_sharpness", "largest_eigenvalue", "eigenvalue_residual"}
+  records = [record for record in read_metrics(str(work_dir)) if names & record.keys()]
+  assert [record["step"] for record in records] == [4, 8]
+  for record in records:
+    assert names <= record.keys()
+    assert record["eigenvalue_residual"] <= 0.01 * abs(record["largest_eigenvalue"])
+
+
 def test_metrics(run):
   directory, result = run
   records = read_metrics(str(directory))

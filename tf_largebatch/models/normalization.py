@@ -182,7 +182,9 @@ class PerWorkerBatchNormalization(keras.layers.Layer):
         is_training=True,
       )
       return outputs, mean, variance
-    mean, variance = tf.nn.moments(x, axes=[0, 1, 2])
+    # Not tf.nn.moments: it stops the gradient at the mean, which makes second derivatives wrong.
+    mean = tf.reduce_mean(x, axis=[0, 1, 2])
+    variance = tf.reduce_mean(tf.math.squared_difference(x, mean), axis=[0, 1, 2])
     outputs = tf.nn.batch_normalization(x, mean, variance, offset, scale, self.epsilon)
     count = tf.cast(tf.size(x) // tf.size(mean), x.dtype)
     return outputs, mean, variance * count / tf.maximum(count - 1, 1)

@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -40,6 +41,7 @@ class Loop:
     bad: the bad examples that are skipped; None: none are.
     stop: the request to stop.
     noise: running averages of the gradient noise scale.
+    curvature: see `curvature.make_curvature`.
     alone: whether the run has a single task.
     done: steps done.
     before_saving: called before each checkpoint.
@@ -60,6 +62,7 @@ class Loop:
   bad: BadExamples | None
   stop: StopRequest
   noise: NoiseScale
+  curvature: Callable[[Any], dict[str, float]]
   alone: bool
   done: int = 0
   before_saving: Callable[[], None] = lambda: None
@@ -90,6 +93,7 @@ class Loop:
     previous, stops = None, False
     while self.done < last and not stops:
       batch = window.next_batch(self.batches)
+      curvature = self._measure_curvature(window, batch)
       scalars = self.train_step(batch, tf.constant(float(self.stop.signal is not None)))
       self.done += 1
       # Read the previous step's scalars while the device computes this one. (If that step ended a
@@ -101,9 +105,10 @@ class Loop:
       previous = scalars
       save = self._checkpoint_is_due(saved_at)
       # A checkpoint ends a record, so that a resumed run records each step once.
-      if stops or save or self.done == last or self.done % self.options.log_every_steps == 0:
+      due = self.done == last or self.done % self.options.log_every_steps == 0
+      if stops or save or due or curvature:
         self._read(window, self.done, scalars)
-        self._record(window, scalars)
+        self._record(window, scalars | curvature)
         if save:
           self.metrics.flush()
           self._save()
@@ -111,6 +116,11 @@ class Loop:
         previous, window = None, _Window()
     self.metrics.flush()
     return self.done == last and not stops
+
+  def _measure_curvature(self, window: "_Window", batch) -> dict[str, float]:
+    """Measures the curvature of the next step's loss, before the step, if it is due."""
+    every = self.options.curvature_every_steps
+    return window.exclude(self.curvature, batch) if every and (self.done + 1) % every == 0 else {}
 
   def _save(self):
     self.before_saving()
@@ -222,6 +232,13 @@ class _Window:
     batch = next(batches)
     self.waited += time.perf_counter() - before
     return batch
+
+  def exclude(self, measure: Callable, batch):
+    """Returns what `measure` returns for the batch, whose time does not count."""
+    before = time.perf_counter()
+    result = measure(batch)
+    self._began += time.perf_counter() - before
+    return result
 
   def seconds(self) -> float:
     return time.perf_counter() - self._began

@@ -35,6 +35,19 @@ def make_paper_sums(model: keras.Model, recipe: Recipe, options: RunOptions) -> 
     (statistics) of the whole step, so that the sum over the replicas is complete. If a step has
     several passes, the sum of their gradients' squared norms follows the error.
   """
+  scalar = tf.TensorSpec([], model.trainable_variables[0].dtype)
+  return passes.make_replica_sums(
+    make_forward(model, recipe),
+    recipe.workers,
+    [scalar, scalar],
+    options.workers_per_pass or 1,
+    uses_xla(options),
+    with_norms=_count_passes(recipe, options) > 1,
+  )
+
+
+def make_forward(model: keras.Model, recipe: Recipe) -> Callable:
+  """Builds the `forward` of `passes.make_replica_sums`: the recipe's loss, and the error."""
   images_in_step = recipe.global_batch_size
   variables = Variables.of(model)
 
@@ -47,15 +60,7 @@ def make_paper_sums(model: keras.Model, recipe: Recipe, options: RunOptions) -> 
     error = _error_count(labels, logits) / images_in_step
     return loss, statistics, counters, [loss, error]
 
-  scalar = tf.TensorSpec([], model.trainable_variables[0].dtype)
-  return passes.make_replica_sums(
-    forward,
-    recipe.workers,
-    [scalar, scalar],
-    options.workers_per_pass or 1,
-    uses_xla(options),
-    with_norms=_count_passes(recipe, options) > 1,
-  )
+  return forward
 
 
 def _count_passes(recipe: Recipe, options: RunOptions) -> int:

@@ -24,6 +24,7 @@ from tf_largebatch.training import batches, building, environment, reporting, st
 from tf_largebatch.training.agreement import restore_newest_of_all
 from tf_largebatch.training.bad_examples import BadExamples
 from tf_largebatch.training.checkpoint import Checkpoints, Manifest
+from tf_largebatch.training.curvature import make_curvature
 from tf_largebatch.training.evaluation import make_evaluation
 from tf_largebatch.training.finishing import finish
 from tf_largebatch.training.loop import Loop
@@ -275,6 +276,7 @@ def _make_loop(
     bad=bad,
     stop=stop,
     noise=NoiseScale(recipe, metrics.records),
+    curvature=make_curvature(strategy, networks.model, networks.evaluated, recipe, options),
     alone=cluster.num_tasks == 1,
     done=done,
     seconds=seconds,

@@ -68,9 +68,7 @@ def observe(
     model = build_network(network, recipe, logit_scale)
     optimizer = build_optimizer(recipe, source.num_examples)
     optimizer.build(model.trainable_variables)
-  weights, statistics = make_parameters(network)
-  for variable in model.weights:
-    variable.assign((weights | statistics).get(variable.path, variable))
+  set_parameters(model, network)
 
   def variables():
     return {variable.path: variable.numpy() for variable in model.weights}
@@ -91,6 +89,13 @@ def observe(
     history,
     float(np.max(spread)),
   )
+
+
+def set_parameters(model, network: str):
+  """Gives a model that `build_network` built the values of `make_parameters`."""
+  weights, statistics = make_parameters(network)
+  for variable in model.weights:
+    variable.assign((weights | statistics).get(variable.path, variable))
 
 
 def _ids(images, labels):

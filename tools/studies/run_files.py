@@ -102,6 +102,7 @@ def make_result(run: PlannedRun, work_dir: pathlib.Path, cores: int, divergence:
     "training_error": _round(curves.training_curve(records)),
     "validation_error": _round(validation),
     "noise": [dataclasses.asdict(epoch) for epoch in noise.epochs_of(records)],
+    "curvature": [record for record in records if "largest_eigenvalue" in record],
     **facts,
     "flags": list(run.flags),
     "hardware": {"cpu": hardware.cpu_name(), "cores": cores},

@@ -12,11 +12,16 @@ import keras
 import tensorflow as tf
 from tensorflow.python.distribute import collective_all_reduce_strategy
 
+from tf_largebatch.data import sources
 from tf_largebatch.distributed.cluster import read_cluster
 from tf_largebatch.distributed.strategy import make_strategy
 from tf_largebatch.optim.sgd import MomentumCorrectedSGD
-from tools.conformance.observation import observe
-from tools.conformance.problem import make_recipe
+from tf_largebatch.options import RunOptions
+from tf_largebatch.training.batches import distribute_train_dataset
+from tf_largebatch.training.curvature import make_curvature
+from tools.conformance.networks import build_network
+from tools.conformance.observation import observe, set_parameters
+from tools.conformance.problem import CLASSES, make_examples, make_recipe
 
 STEPS = 36
 # k = 4, n = 5; three epochs with a warmup up to step 15 and decays at 27 and 33.
@@ -45,6 +50,16 @@ def apply_on_replicas(strategy):
   return variable.numpy()
 
 
+def measure_curvature(strategy, recipe):
+  """Returns the curvature of the first step's loss."""
+  source = sources.ArraySource(*make_examples(recipe), CLASSES)
+  with strategy.scope():
+    model = build_network("small_residual", recipe)
+  set_parameters(model, "small_residual")
+  batch = next(iter(distribute_train_dataset(strategy, recipe, source, 0)))
+  return make_curvature(strategy, model, model, recipe, RunOptions(), tolerance=1e-6)(batch)
+
+
 def main(directory, replicas, dtypes):
   cpu = tf.config.list_physical_devices("CPU")[0]
   tf.config.set_logical_device_configuration(
@@ -66,6 +81,8 @@ def main(directory, replicas, dtypes):
     for dtype, recipe in CASES.items()
     if dtype in dtypes.split(",")
   }
+  if "float32" in seen:  # On the simplest and the most complex cluster.
+    seen["curvature"] = measure_curvature(strategy, CASES["float64"])
   seen["applied"] = apply_on_replicas(strategy)
   name = f"{this.num_tasks}_{replicas}_{this.task_index}.pickle"
   with open(os.path.join(directory, name), "wb") as file:

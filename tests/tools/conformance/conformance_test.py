@@ -124,6 +124,16 @@ def test_the_optimizer_sums_over_the_replicas_that_call_it(observed, cluster):
     np.testing.assert_allclose(seen["applied"], expected, rtol=1e-12)
 
 
+def test_the_curvature_does_not_depend_on_the_cluster(observed):
+  """Its values are those of an exact Hessian in tests/training/curvature_test.py."""
+  expected = observed[1, 1][0]["curvature"]
+  assert expected["largest_eigenvalue"] > expected["batch_sharpness"] > 0
+  found = [seen["curvature"] for seen in observed[2, 2]]
+  assert found[0] == found[1]
+  for name in ("batch_sharpness", "largest_eigenvalue"):
+    np.testing.assert_allclose(found[0][name], expected[name], rtol=1e-12)
+
+
 def assert_steps(seen, recipe, network):
   """Compares each observed step with the reference's step from the same weights."""
   limit = 1e-12 if recipe.dtype == "float64" else 2e-6
