@@ -31,6 +31,7 @@ RUN = {
   "tools.benchmark.input_pipeline": "tests/tools/benchmark/input_pipeline_test.py",
   "tools.benchmark.noise_scale": "tests/tools/benchmark/noise_scale_test.py",
   "tools.benchmark.step": "tests/tools/benchmark/step_test.py",
+  "tools.bn_statistics": "tests/tools/bn_statistics_test.py",
   "tools.compare_runs": "tests/tools/compare_runs_test.py",
   "tools.conformance.negative_controls": "tests/tools/verify_test.py",
   "tools.critical_batch": "tests/tools/critical_batch_test.py",

@@ -57,7 +57,7 @@ def make_forward(model: keras.Model, recipe: Recipe) -> Callable:
       variables, values, worker, lambda: model(images, training=True)
     )
     loss = _loss_sum(recipe, labels, logits) / images_in_step
-    error = _error_count(labels, logits) / images_in_step
+    error = error_count(labels, logits) / images_in_step
     return loss, statistics, counters, [loss, error]
 
   return forward
@@ -76,7 +76,7 @@ def _loss_sum(recipe: Recipe, labels, logits):
   return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
 
 
-def _error_count(labels, logits, weights=1.0):
+def error_count(labels, logits, weights=1.0):
   """Number of images whose most likely class is not their label (top-1)."""
   wrong = tf.argmax(logits, axis=-1, output_type=labels.dtype) != labels
   return tf.reduce_sum(tf.cast(wrong, logits.dtype) * tf.cast(weights, logits.dtype))
@@ -209,7 +209,7 @@ def make_evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model) -
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
     return [
       tf.reduce_sum(losses * counts),
-      _error_count(labels, logits, counts),
+      error_count(labels, logits, counts),
       tf.reduce_sum(counts),
       tf.reduce_sum(tf.cast(weights < 0, logits.dtype)),
     ]

@@ -33,7 +33,7 @@ def read_run(work_dir: str, recipe: Recipe) -> Run:
   Raises:
     UserError: nothing has been evaluated yet, or a file is damaged.
   """
-  complete = _is_complete(work_dir)
+  complete = read_result(work_dir) is not None
   records = read_records(work_dir)
   validation = {each["epoch"]: each["error"] for each in records if each["kind"] == "eval"}
   if not validation:
@@ -43,13 +43,19 @@ def read_run(work_dir: str, recipe: Recipe) -> Run:
   return Run(work_dir, recipe, complete, training_curve(records), validation)
 
 
-def _is_complete(work_dir: str) -> bool:
+def read_result(work_dir: str) -> dict | None:
+  """Reads the result of the run in a work directory; None if the run is not complete.
+
+  Raises:
+    UserError: the result is damaged.
+  """
   path = os.path.join(work_dir, "result.json")
   if not os.path.exists(path):
-    return False
+    return None
   text = _read(path, f"{path} no longer exists; try again.")
   try:
-    return json.loads(text)["status"] == "complete"
+    result = json.loads(text)
+    return result if result["status"] == "complete" else None
   except (ValueError, TypeError, KeyError) as error:
     raise UserError(f"{path} is not the result of a run ({error}); leave that run out.") from error
 
@@ -60,7 +66,7 @@ def read_records(work_dir: str) -> list[dict]:
   Raises:
     UserError: there are none, or the file is damaged.
   """
-  complete = _is_complete(work_dir)  # Before the records, which may still grow.
+  complete = read_result(work_dir) is not None  # Before the records, which may still grow.
   # Imports TensorFlow, so not before the recipes have been checked.
   from tf_largebatch.training.metrics import read_metrics
 
