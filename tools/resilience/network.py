@@ -4,7 +4,7 @@ Each task has its own network namespace, an address in it and a virtual cable (v
 one more namespace. To disconnect a task, the cable's end is removed from the bridge, which then
 drops what arrives there. Setting the link down instead would take the carrier from the task; and
 because ARP entries are permanent, no failed ARP request reports the loss to the others. A task's
-rate is limited where its packets leave, by a token bucket (`tbf` of iproute2), as by a network card.
+rate is limited where its packets leave, by a token bucket (tc's `tbf`), as by a network card.
 """
 
 import contextlib

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable
 
-from tf_largebatch import train
 from tf_largebatch.errors import UserError, summary
 from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
@@ -89,6 +88,8 @@ def serve():
     {"alone": True, "timed": calls}: the task goes on with such steps until {"stop": True}.
   Each is answered with {"seconds": of each timed call}; "stop" with {}.
   """
+  from tf_largebatch import train  # Not at the top: it defines the trainer's flags.
+
   messages = harness.messages()
   first = next(messages)
   recipe = Recipe(**first["recipe"])
