@@ -92,8 +92,7 @@ def measure_turn(cluster: Cluster, group: Group, link: Link, pace: Pace) -> list
   kind = (group.network, group.tasks)
 
   def time_alone() -> list[list[float]]:
-    _, timed = pace.calls((*kind, "alone"), pace.seconds)
-    found = cluster.time_alone(timed)
+    found = cluster.time_alone(*pace.calls((*kind, "alone"), pace.seconds))
     pace.learn((*kind, "alone"), [second for seconds in found for second in seconds])
     return found
 

@@ -87,9 +87,9 @@ class Cluster:
     """What `traffic.check` finds on the present links; {} without links."""
     return traffic.check(self._network, _CHECK_SECONDS, self._scratch) if self._network else {}
 
-  def time_alone(self, timed: int) -> list[list[float]]:
+  def time_alone(self, untimed: int, timed: int) -> list[list[float]]:
     """Each task's seconds of steps without communication, while all others compute them too."""
-    found = self._ask({"alone": True, "timed": timed})
+    found = self._ask({"alone": True, "untimed": untimed, "timed": timed})
     self._ask({"stop": True})
     return [report["seconds"] for report in found]
 

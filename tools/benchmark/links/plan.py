@@ -118,7 +118,7 @@ def estimate_seconds(groups: list[Group], turns: int, seconds: float) -> float:
       step, reduce = (
         expected * sum(pace.calls((), expected)) for expected in (compute + transfer, transfer)
       )
-      # Before and after: an untimed call, the timed ones, and what follows until all have ended.
-      alone = 2 * compute * (2 + pace.calls((), compute)[1])
+      # Before and after; and each task goes on until all have ended.
+      alone = 2 * compute * (1 + sum(pace.calls((), compute)))
       total += turns * (_LINK_SECONDS + alone + len(group.packs) * (step + reduce))
   return total

@@ -85,7 +85,7 @@ def serve():
   The first message is {"recipe": its fields, "packs": values of --bytes_per_pack}. The first report
   says what is reduced: {"bytes", "collectives": by pack}. Each further message is one of
     {"step": index of the packs, "untimed": calls, "timed": calls}, {"reduce": …} alike,
-    {"alone": True, "timed": calls}: the task goes on with such steps until {"stop": True}.
+    {"alone": True, …} alike: the task goes on with such steps until {"stop": True}.
   Each is answered with {"seconds": of each timed call}; "stop" with {}.
   """
   from tf_largebatch import train  # Not at the top: it defines the trainer's flags.
@@ -104,7 +104,7 @@ def serve():
   harness.report({"bytes": task.bytes, "collectives": task.collectives})
   for message in messages:
     if "alone" in message:
-      _compute_until_stopped(task.alone, message["timed"], messages)
+      _compute_until_stopped(task.alone, message, messages)
     else:
       name, calls = ("step", task.steps) if "step" in message else ("reduce", task.reduces)
       call = calls[message[name]]
@@ -121,13 +121,13 @@ def _time(call: Callable, count: int) -> list[float]:
   return [after - before for before, after in itertools.pairwise(times)]
 
 
-def _compute_until_stopped(call: Callable, count: int, messages):
-  """Reports the seconds of so many calls, and keeps the cores as busy until the next message."""
+def _compute_until_stopped(call: Callable, message: dict, messages):
+  """Reports the seconds of the timed calls, and keeps the cores busy until the next message."""
   stopped = threading.Event()
 
   def compute():
-    call()  # Untimed: not all tasks have begun.
-    harness.report({"seconds": _time(call, count)})
+    _time(call, message["untimed"])
+    harness.report({"seconds": _time(call, message["timed"])})
     while not stopped.is_set():
       call()
 
