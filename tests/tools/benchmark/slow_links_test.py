@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 
 import pytest
 
@@ -18,8 +19,8 @@ _SMALL = ("--networks=resnet8", "--image_size=8", "--per_worker_batch_size=2", "
 
 def test_a_real_run(tmp_path):
   try:
-    with isolated_network(1):
-      pass
+    with isolated_network(1) as network:
+      network.limit(1)
   except UserError as error:
     pytest.skip(str(error))
   path = tmp_path / "found.json"
@@ -27,8 +28,7 @@ def test_a_real_run(tmp_path):
   arguments = (*_SMALL, *link, f"--json={path}")
   process = run_module(_MODULE, *arguments, timeout=240)
   assert process.returncode == 0, process.stderr
-  text = path.read_text()
-  found = json.loads(text)
+  found = json.loads(path.read_text())
   assert found["complete"] and found["claims"]["c2"]["settings"] == 1
   assert found["runs"][0]["versions"]["tensorflow"] and found["runs"][0]["hardware"]["cores"] >= 1
   (setting,) = found["settings"]
@@ -119,3 +119,11 @@ def test_a_users_mistake_gets_one_line(arguments, message):
   process = run_module(_MODULE, *arguments)
   assert process.returncode == 1
   assert process.stderr.startswith(f"error: {message}") and process.stderr.count("\n") == 1
+
+
+def test_missing_programs_get_one_line(tmp_path):
+  environment = {**os.environ, "PATH": str(tmp_path)}
+  process = run_module(_MODULE, *_SMALL, f"--json={tmp_path / 'a'}", env=environment)
+  assert process.returncode == 1 and process.stderr.count("\n") == 1
+  assert process.stderr.startswith("error: A network between tasks needs ip, unshare, nsenter")
+  assert process.stderr.endswith("use --tasks=1\n")

@@ -1,5 +1,7 @@
 """Real links: their rate and their round trip, throttled and delayed."""
 
+import contextlib
+
 import pytest
 
 from tf_largebatch.errors import UserError
@@ -14,19 +16,18 @@ def test_the_steady_rate_is_that_of_the_last_half():
   assert traffic.steady_rate(arrivals) == 8 * 500
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def network():
-  context = isolated_network(3)
-  try:
-    made = context.__enter__()
-  except UserError as error:
-    pytest.skip(str(error))
-  yield made
-  context.__exit__(None, None, None)
+  with contextlib.ExitStack() as stack:
+    try:
+      made = stack.enter_context(isolated_network(3))
+      made.limit(0.1)
+    except UserError as error:
+      pytest.skip(str(error))
+    yield made
 
 
 def test_a_throttled_link_and_a_delayed_one(network, tmp_path):
-  network.limit(0.1)
   for delay_ms in (0, 20, 0):  # At the end the cables are on the bridge again.
     with delayed(network, delay_ms / 1000, str(tmp_path)) as relay:
       found = traffic.check(network, 0.5, str(tmp_path))
