@@ -30,6 +30,7 @@ RUN = {
   "tools.benchmark.checkpoint": "tests/tools/benchmark/checkpoint_test.py::test_figures",
   "tools.benchmark.input_pipeline": "tests/tools/benchmark/input_pipeline_test.py",
   "tools.benchmark.noise_scale": "tests/tools/benchmark/noise_scale_test.py",
+  "tools.benchmark.slow_links": "tests/tools/benchmark/slow_links_test.py::test_a_real_run",
   "tools.benchmark.step": "tests/tools/benchmark/step_test.py",
   "tools.bn_statistics": "tests/tools/bn_statistics_test.py",
   "tools.compare_runs": "tests/tools/compare_runs_test.py",

@@ -3,7 +3,9 @@
 import contextlib
 import importlib.metadata
 import os
+import pathlib
 import platform
+import subprocess
 
 
 def describe() -> dict[str, str | int]:
@@ -27,3 +29,15 @@ def versions(*packages: str) -> dict[str, str]:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[package] = importlib.metadata.version(package)
   return found
+
+
+def commit() -> str | None:
+  """The commit of these sources, with "-dirty" if files differ from it; None without git."""
+  command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+  try:
+    done = subprocess.run(
+      command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+  except OSError:
+    return None
+  return done.stdout.strip() or None

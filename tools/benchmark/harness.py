@@ -28,7 +28,12 @@ class Process:
   """
 
   def __init__(
-    self, name: str, serve: Callable[[], None], scratch: str, environment: dict[str, str]
+    self,
+    name: str,
+    serve: Callable[[], None],
+    scratch: str,
+    environment: dict[str, str],
+    prefix: Sequence[str] = (),
   ):
     """Starts the process.
 
@@ -38,12 +43,13 @@ class Process:
         answers with `report`.
       scratch: directory for its log and its temporary files; several processes may share one.
       environment: variables that it gets in addition to this program's.
+      prefix: a command that becomes the command after it, such as nsenter.
     """
     self._name, self._log = name, os.path.join(scratch, "log")
     program = f"from {serve.__module__} import {serve.__name__}; {serve.__name__}()"
     with open(self._log, "ab") as log:
       self._process = subprocess.Popen(
-        [sys.executable, "-c", program],
+        [*prefix, sys.executable, "-c", program],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,

@@ -43,6 +43,34 @@ def make_reduce(strategy, bytes_per_pack: int = 0, wire: str = "float32") -> Cal
   return tf.function(lambda *lists: strategy.run(replica, args=lists), autograph=False)
 
 
+def prepare_reduce(
+  strategy, gradients, others, bytes_per_pack: int = 0, wire: str = "float32"
+) -> tuple[Callable, int]:
+  """Makes an all-reduce of tensors of these shapes, and checks its first sums.
+
+  Returns:
+    A function that makes it once more and returns when it has finished, and the number of
+    collectives of each replica.
+
+  Raises:
+    UserError: a sum is wrong.
+  """
+  local = strategy.experimental_local_results
+  reduce = make_reduce(strategy, bytes_per_pack, wire)
+  # Replica r contributes the pattern r + 1 times.
+  inputs = _on_replicas(strategy, lambda pattern, r: pattern * (r + 1), gradients, others)
+  number, sums = reduce(*inputs)
+  _check(strategy, (*gradients, *others), sums, wire)
+
+  def call():
+    for copy in local(reduce(*inputs)[0]):
+      float(copy)  # Waits for the device.
+
+  operations = reduce.get_concrete_function(*inputs).graph.get_operations()
+  collectives = sum(operation.type == "CollectiveReduceV2" for operation in operations)
+  return call, collectives // len(local(number))
+
+
 def time_reduce(
   strategy, gradients, others, repeats: int, bytes_per_pack: int = 0, wire: str = "float32"
 ) -> dict:
@@ -54,26 +82,18 @@ def time_reduce(
   Raises:
     UserError: a sum is wrong.
   """
-  local = strategy.experimental_local_results
-  reduce = make_reduce(strategy, bytes_per_pack, wire)
-  # Replica r contributes the pattern r + 1 times.
-  inputs = _on_replicas(strategy, lambda pattern, r: pattern * (r + 1), gradients, others)
-  number, sums = reduce(*inputs)
-  _check(strategy, (*gradients, *others), sums, wire)
+  reduce, collectives = prepare_reduce(strategy, gradients, others, bytes_per_pack, wire)
   seconds = []
   for _ in range(_WARM_UP + repeats):
     began = time.perf_counter()
-    for copy in local(reduce(*inputs)[0]):
-      float(copy)  # Waits for the device.
+    reduce()
     seconds.append(time.perf_counter() - began)
   seconds = seconds[_WARM_UP:]
-  operations = reduce.get_concrete_function(*inputs).graph.get_operations()
-  collectives = sum(operation.type == "CollectiveReduceV2" for operation in operations)
   return {
     "seconds": statistics.median(seconds),
     "min": min(seconds),
     "max": max(seconds),
-    "collectives": collectives // len(local(number)),
+    "collectives": collectives,
   }
 
 

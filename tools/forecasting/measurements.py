@@ -117,11 +117,11 @@ def read_step(path: str) -> MeasuredStep:
     network=network,
     image_size=found["image_size"],
     gradient_bytes=found["gradient_bytes"],
-    jitter=_jitter(each, found["steps"]),
+    jitter=coefficient_of_variation(each, found["steps"]),
   )
 
 
-def _jitter(each: list[float], steps: int) -> float:
+def coefficient_of_variation(each: list[float], steps: int = 1) -> float:
   """Returns the coefficient of variation of a step from times that are means over `steps` steps."""
   if len(each) < 2:
     return 0.0

@@ -114,7 +114,7 @@ def test_bad_input_is_one_line(arguments, line):
 def test_cut_without_the_programs_is_refused_at_once(tmp_path):
   finished = run_module(_MODULE, env={**os.environ, "PATH": str(tmp_path)}, timeout=30)
   assert (finished.returncode, finished.stdout) == (1, "")
-  expected = "error: --faults=cut needs ip, unshare, nsenter (iproute2, util-linux)"
+  expected = "error: A network between tasks needs ip, unshare, nsenter (iproute2, util-linux)"
   assert finished.stderr.startswith(expected) and finished.stderr.count("\n") == 1
 
 
