@@ -9,7 +9,10 @@ A STUDY is a TOML file, given by its path or by its name in `tools/studies/`:
   [[runs]]
   flagfile = "flags/fashion_mnist_kn512.flags"
   seeds = 5                              # 0 to 4.
-  flags = ["--workers_per_pass=8"]       # For these runs; the recipe's flags go into the flagfile.
+  first_seed = 0
+  flags = ["--workers_per_pass=8"]       # For these runs; none of the recipe's.
+  name = "kn512_n4"                      # Optional: the runs have the flagfile's recipe with these
+  recipe = ["--workers=128", "--per_worker_batch_size=4"]  # changes, and this name in its place.
 
 Each run is a process of `tf_largebatch.train` with the work directory RUNS_DIR/FLAGFILE_seedN. All
 runs of seed 0 come first, then those of seed 1, and so on. A complete run leaves

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pathlib
+import re
 import tomllib
 
 from absl import flags
@@ -12,6 +13,7 @@ from tf_largebatch.errors import UserError, summary
 from tf_largebatch.recipe import Recipe
 
 _STUDIES = pathlib.Path(__file__).parent
+_NAME = re.compile(r"[\w.]+")
 RECIPE_FLAGS = tuple(field.name for field in dataclasses.fields(Recipe))
 
 
@@ -21,20 +23,25 @@ class PlannedRun:
 
   Attributes:
     study: the study's name.
+    group: name of the runs that differ in the seed alone; that of the flagfile, if the study gives
+      no other.
     flagfile: path of the flagfile with the recipe.
-    recipe: the flagfile's, with the run's seed.
+    changes: flags of the recipe that differ from the flagfile's.
+    recipe: the flagfile's, with these changes and the run's seed.
     flags: further flags of the trainer.
   """
 
   study: str
+  group: str
   flagfile: str
+  changes: tuple[str, ...]
   recipe: Recipe
   flags: tuple[str, ...]
 
   @property
   def name(self) -> str:
     """The name of its work directory and of its result file."""
-    return f"{pathlib.Path(self.flagfile).stem}_seed{self.recipe.seed}"
+    return f"{self.group}_seed{self.recipe.seed}"
 
 
 def read_study(name: str) -> list[PlannedRun]:
@@ -56,19 +63,33 @@ def read_study(name: str) -> list[PlannedRun]:
     raise UserError(f"{path} is not a study ({summary(error)}).") from error
   table = {"title": "", "flags": [], **study}
   _check_table(path, table, {"title": str, "flags": list, "runs": list})
-  planned = []
-  for runs in table["runs"]:
-    runs = {"flags": [], "first_seed": 0, **runs} if isinstance(runs, dict) else {}
-    kinds = {"flagfile": str, "seeds": int, "first_seed": int, "flags": list}
-    _check_table(path, runs, kinds)
-    extra = (*table["flags"], *runs["flags"])
-    planned += [
-      PlannedRun(path.stem, runs["flagfile"], _recipe(path, runs["flagfile"], extra, seed), extra)
-      for seed in range(runs["first_seed"], runs["first_seed"] + runs["seeds"])
-    ]
+  planned = [run for runs in table["runs"] for run in _plan(path, runs, table["flags"])]
   if not planned:
     raise UserError(f"{path} plans no run; give [[runs]] with a flagfile and seeds = 1 or more.")
   return planned
+
+
+def _plan(path: pathlib.Path, runs, flags_of_study: list[str]) -> list[PlannedRun]:
+  """Returns the runs of one [[runs]]."""
+  runs = {"name": "", "recipe": [], "flags": [], "first_seed": 0} | (
+    runs if isinstance(runs, dict) else {}
+  )
+  kinds = {"name": str, "flagfile": str, "recipe": list, "seeds": int, "first_seed": int}
+  _check_table(path, runs, {**kinds, "flags": list})
+  if bool(runs["name"]) != bool(runs["recipe"]):
+    raise UserError(
+      f"{path}: give name and recipe together; a changed recipe needs a name."
+    )
+  if runs["name"] and not _NAME.fullmatch(runs["name"]):
+    raise UserError(f"{path}: name = {runs['name']!r}; use letters, digits, dots and underscores.")
+  group, flagfile = runs["name"] or pathlib.Path(runs["flagfile"]).stem, runs["flagfile"]
+  changes, extra = tuple(runs["recipe"]), (*flags_of_study, *runs["flags"])
+  return [
+    PlannedRun(
+      path.stem, group, flagfile, changes, _recipe(path, flagfile, changes, extra, seed), extra
+    )
+    for seed in range(runs["first_seed"], runs["first_seed"] + runs["seeds"])
+  ]
 
 
 def _check_table(path: pathlib.Path, table: dict, kinds: dict[str, type]):
@@ -79,18 +100,35 @@ def _check_table(path: pathlib.Path, table: dict, kinds: dict[str, type]):
   for name, kind in kinds.items():
     if type(table.get(name)) is not kind:
       raise UserError(f"{path}: {name} = {table.get(name)!r} is not of type {kind.__name__}.")
-  if not all(isinstance(item, str) for item in table["flags"]):
-    raise UserError(f"{path}: flags = {table['flags']!r}; each must be a string.")
+  for name in {"flags", "recipe"} & kinds.keys():
+    if not all(isinstance(item, str) for item in table[name]):
+      raise UserError(f"{path}: {name} = {table[name]!r}; each must be a string.")
 
 
-def _recipe(path: pathlib.Path, flagfile: str, extra: tuple[str, ...], seed: int) -> Recipe:
-  """Returns the recipe of a flagfile, with a seed; the extra flags must not change the recipe."""
+def _recipe(
+  path: pathlib.Path, flagfile: str, changes: tuple[str, ...], extra: tuple[str, ...], seed: int
+) -> Recipe:
+  """Returns a flagfile's recipe with changes and a seed; `extra` must not change it."""
+  ours, left = _given(extra)
+  if ours or left:
+    raise UserError(f"{path}: {', '.join([*ours, *left])} belongs in a flagfile or in recipe.")
+  ours, left = _given(changes)
+  if left or len(ours) < len(changes) or "seed" in ours:
+    raise UserError(f"{path}: recipe = {list(changes)} must be flags of the recipe, not the seed.")
+  values = _new_flags()
+  given = [*extra, f"--flagfile={flagfile}", *changes, f"--seed={seed}"]
+  command_line.parse_flags([train.__name__, *given], values)
+  return command_line.recipe_from_flags(values)
+
+
+def _given(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
+  """Returns the names of the recipe's flags that are given, and what is no flag."""
+  values = _new_flags()
+  left = command_line.parse_flags([train.__name__, *arguments], values)
+  return sorted(name for name in RECIPE_FLAGS if values[name].present), left[1:]
+
+
+def _new_flags() -> flags.FlagValues:
   values = copy.deepcopy(flags.FLAGS)
   values.unparse_flags()
-  left = command_line.parse_flags([train.__name__, *extra], values)
-  ours = sorted(name for name in RECIPE_FLAGS if values[name].present)
-  if ours or left[1:]:
-    raise UserError(f"{path}: {', '.join([*ours, *left[1:]])} belongs in a flagfile.")
-  seeded = [*extra, f"--flagfile={flagfile}", f"--seed={seed}"]
-  command_line.parse_flags([train.__name__, *seeded], values)
-  return command_line.recipe_from_flags(values)
+  return values

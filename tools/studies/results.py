@@ -21,7 +21,7 @@ class Result:
   Attributes:
     run: the recipe and the curves; its `path` is the file.
     study: whose run it is.
-    stem: of the name of the run's flagfile.
+    stem: name of the run's group: that of its flagfile, unless the study gave another.
     error: median validation error of the last 5 epochs, a fraction; chance if the run diverged.
     last_error: validation error after the last epoch, likewise.
     train_examples: size of the training split.
@@ -54,7 +54,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """The results of one flagfile, by seed."""
+  """The results of one flagfile, or of one changed recipe, by seed."""
 
   stem: str
   results: tuple[Result, ...]
@@ -96,7 +96,7 @@ class Group:
 
 
 def read_groups(results_dir: str) -> dict[str, Group]:
-  """Reads all results and groups them by the stem of their flagfile, in alphabetical order.
+  """Reads all results and groups them by name, in alphabetical order.
 
   Raises:
     UserError: there is no result, or one is damaged, exists twice or does not belong to its group.
@@ -115,7 +115,7 @@ def read_groups(results_dir: str) -> dict[str, Group]:
     first = next(iter(members.values())).run
     if dataclasses.replace(result.run.recipe, seed=first.recipe.seed) != first.recipe:
       raise UserError(
-        f"{first.path} and {path} have the same flagfile, but their recipes differ in more than "
+        f"{first.path} and {path} have the same group, but their recipes differ in more than "
         "the seed; rerun or remove one of them."
       )
   return {
@@ -163,6 +163,12 @@ class _Fields:
       for epoch in sorted(epochs, key=int)
     }
 
+  def group(self) -> str:
+    """Returns the name of the group; in older files it is the flagfile's."""
+    if "group" in self._data:
+      return self.get("group", (str,))
+    return os.path.splitext(os.path.basename(self.get("flagfile", (str,))))[0]
+
   def recipe(self) -> Recipe:
     """Returns the recipe, whose seed must be the file's."""
     values = self.get("recipe", (dict,))
@@ -205,7 +211,7 @@ def read_result(path: str) -> Result:
   return Result(
     run=curves.Run(path, recipe, complete, training, validation),
     study=fields.get("study", text),
-    stem=os.path.splitext(os.path.basename(fields.get("flagfile", text)))[0],
+    stem=fields.group(),
     error=error,
     last_error=last_error,
     train_examples=fields.get("derived.train_examples", (int,), 1),

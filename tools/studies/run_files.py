@@ -55,7 +55,7 @@ def find_result(run: PlannedRun, results_dir: pathlib.Path) -> dict | None:
   """Returns the result that is kept of a run (see `make_result`), in the folder of any study.
 
   Raises:
-    UserError: it cannot be read, or has another recipe than the flagfile has now.
+    UserError: it cannot be read, or has another recipe than the study has now.
   """
   for path in sorted(results_dir.glob(f"*/{glob.escape(run.name)}.json")):
     try:
@@ -70,10 +70,15 @@ def find_result(run: PlannedRun, results_dir: pathlib.Path) -> dict | None:
       for name, value in vars(run.recipe).items()
     ):
       raise UserError(
-        f"{path} has another recipe than {run.flagfile}; remove it, or rename one of the two."
+        f"{path} has another recipe than {run.group} has now; remove it, or rename one of the two."
       )
     return result
   return None
+
+
+def group_of(result: dict) -> str:
+  """Returns the group of a result; those of older versions have a flagfile's name."""
+  return result.get("group") or pathlib.Path(result["flagfile"]).stem
 
 
 def make_result(run: PlannedRun, work_dir: pathlib.Path, cores: int, divergence: str | None):
@@ -96,6 +101,7 @@ def make_result(run: PlannedRun, work_dir: pathlib.Path, cores: int, divergence:
   facts = json.loads((work_dir / "recipe.json").read_text())
   return {
     "study": run.study,
+    "group": run.group,
     "flagfile": run.flagfile,
     "seed": run.recipe.seed,
     **result,

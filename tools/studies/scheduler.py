@@ -66,7 +66,13 @@ def _start_trainer(
     return subprocess.Popen(
       [
         *(sys.executable, "-m", train.__name__, f"--flagfile={run.flagfile}"),
-        *(f"--seed={run.recipe.seed}", *run.flags, *passed_on, f"--work_dir={work_dir}"),
+        *(
+          *run.changes,
+          f"--seed={run.recipe.seed}",
+          *run.flags,
+          *passed_on,
+          f"--work_dir={work_dir}",
+        ),
       ],
       stdin=subprocess.DEVNULL,
       stdout=log,
@@ -89,7 +95,7 @@ class Scheduler:
       passed_on: flags of the trainer for all runs.
 
     Raises:
-      UserError: two flagfiles have the same name, or a result is damaged or of another recipe.
+      UserError: two recipes have the same name, or a result is damaged or of another recipe.
     """
     self._runs_dir, self._results_dir = pathlib.Path(runs_dir), pathlib.Path(results_dir)
     self._passed_on = passed_on
@@ -99,7 +105,7 @@ class Scheduler:
     self._active: list[ActiveRun] = []
     self._starts = dict.fromkeys(planned, 0)
     self._planned, self._ended = len(planned), len(planned) - len(self._waiting)
-    self._epoch_seconds = collections.defaultdict(list)  # By flagfile.
+    self._epoch_seconds = collections.defaultdict(list)  # By group.
     for result in filter(None, results.values()):
       self._record_speed(result)
     # tqdm's monitor thread would receive signals that the main thread blocks, and preexec_fn is
@@ -193,17 +199,17 @@ class Scheduler:
   def _record_speed(self, result: dict):
     if result.get("seconds"):
       seconds = result["seconds"] / result["recipe"]["epochs"]
-      self._epoch_seconds[result["flagfile"]].append(seconds)
+      self._epoch_seconds[run_files.group_of(result)].append(seconds)
 
   def _estimate(self, jobs: int) -> str:
-    """Estimates the time left from the complete runs of the same flagfile, or else of all."""
-    means = {flagfile: statistics.fmean(each) for flagfile, each in self._epoch_seconds.items()}
+    """Estimates the time left from the complete runs of the same group, or else of all."""
+    means = {group: statistics.fmean(each) for group, each in self._epoch_seconds.items()}
     if not means:
       return "time left unknown"
     left = [(run, run.recipe.epochs) for run in self._waiting]
     left += [(each.run, each.run.recipe.epochs - each.epochs) for each in self._active]
     mean = statistics.fmean(means.values())
-    seconds = sum(epochs * means.get(run.flagfile, mean) for run, epochs in left) / jobs
+    seconds = sum(epochs * means.get(run.group, mean) for run, epochs in left) / jobs
     return f"about {tqdm.tqdm.format_interval(seconds)} left"
 
   def _print(self, line: str):
@@ -233,6 +239,6 @@ def _merge(runs: list[PlannedRun]) -> dict[str, PlannedRun]:
     if first.recipe != run.recipe:
       raise UserError(
         f"{first.flagfile} and {run.flagfile} have different recipes, but their results would have "
-        "the same name; rename one."
+        f"the same name, {run.name}; rename one."
       )
   return planned

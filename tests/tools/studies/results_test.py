@@ -43,7 +43,7 @@ def test_groups_hold_runs_of_one_recipe_each_once(tmp_path):
     tmp_path, make_recipe(stem, "none", seed=1), stem, 0.1, study="b", name=again.name
   )
   with pytest.raises(
-    UserError, match=f"{first} and {again} have the same flagfile, but their recipes differ"
+    UserError, match=f"{first} and {again} have the same group, but their recipes differ"
   ):
     read(tmp_path)
   write_result(tmp_path, make_recipe(stem, seed=1), stem, 0.1, study="b", name=again.name)

@@ -22,13 +22,13 @@ def test_a_result_of_another_recipe_is_refused(tmp_path, field, value):
   if field == "workers":
     assert run_files.find_result(run, tmp_path / "results")["recipe"]["workers"] == value
     return
-  with pytest.raises(UserError, match=r"small_seed0.json has another recipe than .*small.flags"):
+  with pytest.raises(UserError, match=r"small_seed0.json has another recipe than small has now"):
     run_files.find_result(run, tmp_path / "results")
 
 
 def test_a_name_is_not_a_pattern(tmp_path):
   (run,) = read_study(make_study(tmp_path, "seeds = 1"))
-  run = dataclasses.replace(run, flagfile="tiny [a].flags")
+  run = dataclasses.replace(run, group="tiny [a]")
   path = tmp_path / "results" / "tiny" / "tiny [a]_seed0.json"
   path.parent.mkdir(parents=True)
   path.write_text(json.dumps({"recipe": run.recipe.to_dict()}))
