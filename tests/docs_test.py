@@ -26,6 +26,7 @@ RUN = {
   "docs.examples.vision_transformer": "tests/examples_test.py::test_vision_transformer",
   "make test": ".ci/run",
   "tf_largebatch.train": "tests/train_test.py::test_a_run_and_its_repetition_from_flags_txt",
+  "tools.answers": "tests/tools/answers_test.py",
   "tools.benchmark.allreduce": "tests/tools/benchmark/allreduce_test.py",
   "tools.benchmark.checkpoint": "tests/tools/benchmark/checkpoint_test.py::test_figures",
   "tools.benchmark.input_pipeline": "tests/tools/benchmark/input_pipeline_test.py",

@@ -13,7 +13,6 @@ import os
 
 from absl import flags
 
-from tf_largebatch.errors import UserError
 from tools import program
 from tools.studies import claims, figures, output, report, results
 
@@ -31,11 +30,9 @@ def replicate(results_dir: str, output_path: str) -> str:
   Raises:
     UserError: a result is invalid, or the output cannot be written.
   """
-  if not output_path.endswith(".md"):
-    raise UserError(f"--output={output_path} is refused; give a file name that ends in .md.")
+  folder = output.picture_folder(output_path)
   groups = claims.arrange(results.read_groups(results_dir))
   decided = claims.decide(groups)
-  folder = output_path.removesuffix(".md")
   images = {os.path.join(folder, f"{name}.png"): png for name, png in figures.draw(groups).items()}
   links = {
     os.path.splitext(os.path.basename(path))[0]: os.path.relpath(

@@ -10,6 +10,17 @@ import os
 from tf_largebatch.errors import UserError, summary
 
 
+def picture_folder(report: str) -> str:
+  """Returns the folder for a report's pictures, which lies beside it.
+
+  Raises:
+    UserError: the report's name does not end in .md.
+  """
+  if not report.endswith(".md"):
+    raise UserError(f"--output={report} is refused; give a file name that ends in .md.")
+  return report.removesuffix(".md")
+
+
 def write_all(flag: str, contents: dict[str, bytes]):
   """Writes files, by path; replaces none before all are written, and then in the given order.
 

@@ -77,9 +77,7 @@ def _plan(path: pathlib.Path, runs, flags_of_study: list[str]) -> list[PlannedRu
   kinds = {"name": str, "flagfile": str, "recipe": list, "seeds": int, "first_seed": int}
   _check_table(path, runs, {**kinds, "flags": list})
   if bool(runs["name"]) != bool(runs["recipe"]):
-    raise UserError(
-      f"{path}: give name and recipe together; a changed recipe needs a name."
-    )
+    raise UserError(f"{path}: give name and recipe together; a changed recipe needs a name.")
   if runs["name"] and not _NAME.fullmatch(runs["name"]):
     raise UserError(f"{path}: name = {runs['name']!r}; use letters, digits, dots and underscores.")
   group, flagfile = runs["name"] or pathlib.Path(runs["flagfile"]).stem, runs["flagfile"]

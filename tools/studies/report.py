@@ -51,7 +51,7 @@ def to_markdown(groups: dict[str, Group], decided: list[Claim], pictures: dict[s
     _describe_scale(groups),
     _PILOTS,
     _COMMANDS,
-    _describe_cost(results),
+    describe_cost(results),
     "## The claims",
     _tabulate_claims(decided),
     _READING,
@@ -62,7 +62,7 @@ def to_markdown(groups: dict[str, Group], decided: list[Claim], pictures: dict[s
     *correction,
     "## (e) A known number",
     f"{known.claim}: theirs {format_points(KNOWN_ERROR)} % (Table 6, arXiv 1512.03385), ours "
-    f"{known.ours or 'not there yet'}: {_bold(known.verdict)}.",
+    f"{known.ours or 'not there yet'}: {bold(known.verdict)}.",
     *_show(pictures, "(e) A known number", ("known_number",)),
     "## The rules, fixed before the runs",
     f"```text\n{rules}\n```",
@@ -72,7 +72,8 @@ def to_markdown(groups: dict[str, Group], decided: list[Claim], pictures: dict[s
   return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _tabulate(head: list[str], rows: list[list]) -> str:
+def tabulate(head: list[str], rows: list[list]) -> str:
+  """Returns a table in Markdown."""
   cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
   lines = [f"| {' | '.join(row)} |" for row in cells]
   return "\n".join([lines[0], f"|{' --- |' * len(head)}", *lines[1:]])
@@ -82,17 +83,18 @@ def _show(pictures: dict[str, str], title: str, names: tuple[str, ...]) -> list[
   return [f"![{title}]({pictures[name]})" for name in names if name in pictures]
 
 
-def _bold(verdict: str) -> str:
+def bold(verdict: str) -> str:
+  """Returns a verdict in bold type; of one that names missing runs, the first word."""
   return verdict.replace(PENDING, f"**{PENDING}**") if PENDING in verdict else f"**{verdict}**"
 
 
 def _tabulate_claims(decided: list[Claim]) -> str:
   head = ["claim", "paper, %", "ours", "difference, points", "test", "verdict"]
   rows = [
-    [f"**{c.key}** {c.claim}", c.paper, c.ours, c.difference, c.test, _bold(c.verdict)]
+    [f"**{c.key}** {c.claim}", c.paper, c.ours, c.difference, c.test, bold(c.verdict)]
     for c in decided
   ]
-  return _tabulate(head, rows)
+  return tabulate(head, rows)
 
 
 def _tabulate_runs(results: list[Result]) -> str:
@@ -104,7 +106,7 @@ def _tabulate_runs(results: list[Result]) -> str:
       error, seconds = f"{error} (diverged: {result.divergence})", ""
     sha = f"`{result.weights_sha256}`" if result.weights_sha256 else ""
     rows.append([name, error, seconds, sha])
-  return _tabulate(["run", "error", "seconds", "SHA-256 of the weights"], rows)
+  return tabulate(["run", "error", "seconds", "SHA-256 of the weights"], rows)
 
 
 def _describe_groups(
@@ -114,7 +116,7 @@ def _describe_groups(
   head = ["flagfile", "kn", "times the baseline's", "peak rate", "warmup", "momentum correction"]
   head += ["seeds", "error of each, %", "mean ± std", "training error, last epoch"]
   rows = [_group_row(groups[stem], groups) for stem in stems if stem in groups]
-  table = _tabulate(head, rows) if rows else "No run yet."
+  table = tabulate(head, rows) if rows else "No run yet."
   return [f"## {title}", table, *_show(pictures, title, names)]
 
 
@@ -165,7 +167,8 @@ def _describe_scale(groups: dict[str, Group]) -> str:
   )
 
 
-def _describe_cost(results: list[Result]) -> str:
+def describe_cost(results: list[Result]) -> str:
+  """Returns how long the runs trained, where and with what."""
   seconds = sum(result.seconds for result in results)
   hardware = "; ".join(sorted({result.hardware for result in results}))
   versions = "; ".join(sorted({result.versions for result in results}))

@@ -10,6 +10,7 @@ from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
 from tools.studies import curves
 from tools.studies.curves import format_mean
+from tools.studies.noise import Epoch
 
 CHANCE = 0.9  # The error of a run that diverged: both data sets have 10 classes.
 
@@ -29,6 +30,8 @@ class Result:
     seconds: of training; 0 if the run diverged.
     weights_sha256: the first digits; empty if the run diverged.
     divergence: the trainer's message if the run diverged, else empty.
+    noise: the noise scale by epoch; empty if it was not measured.
+    curvature: the training records with the curvature, likewise.
   """
 
   run: curves.Run
@@ -42,6 +45,8 @@ class Result:
   seconds: float
   weights_sha256: str
   divergence: str
+  noise: tuple[Epoch, ...]
+  curvature: tuple[dict, ...]
 
   @property
   def diverged(self) -> bool:
@@ -184,6 +189,28 @@ class _Fields:
       raise UserError(f"{self.path}: seed is {seed}, the recipe's {recipe.seed}; repair one.")
     return recipe
 
+  def noise(self) -> tuple[Epoch, ...]:
+    """Returns the noise by epoch."""
+    rows = self._rows("noise", ("epoch", "variance", "squared_gradient"))
+    return tuple(Epoch(int(e), *map(float, more), None) for e, *more in rows)
+
+  def curvature(self) -> tuple[dict, ...]:
+    """Returns step, learning_rate and largest_eigenvalue of each measurement."""
+    names = ("step", "learning_rate", "largest_eigenvalue")
+    rows = self._rows("curvature", names)
+    return tuple(dict(zip(names, row, strict=True)) for row in rows)
+
+  def _rows(self, name: str, fields: tuple[str, ...]) -> list[list[float]]:
+    """Returns the numbers of these names of each object in a list; none if there is no list."""
+    rows = self.get(name, (list,)) if name in self._data else []
+    try:
+      found = [[row[field] for field in fields] for row in rows]
+    except (TypeError, KeyError):
+      found = [[None]]
+    if not all(type(x) in (int, float) and math.isfinite(x) for row in found for x in row):
+      raise UserError(f"{self.path}: {name} is invalid; repair or remove it.")
+    return found
+
   def versions(self) -> dict[str, str]:
     """Returns the versions of the packages, by name."""
     for name in ("python", "tensorflow", "keras"):
@@ -220,4 +247,6 @@ def read_result(path: str) -> Result:
     seconds=fields.get("seconds", number, 0, 1e12) if complete else 0.0,
     weights_sha256=fields.get("weights_sha256", text)[:12] if complete else "",
     divergence="" if complete else fields.get("reason", text),
+    noise=fields.noise(),
+    curvature=fields.curvature(),
   )

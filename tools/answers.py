@@ -1,0 +1,49 @@
+r"""Reports the answers to the reader's questions, from the committed results alone.
+
+  python -m tools.answers
+
+Reads RESULTS_DIR/STUDY/NAME_seedN.json, which `tools.study` writes, and writes docs/answers.md and
+its pictures in docs/answers/. The same results give the same bytes. docs/answers_claims.md states
+the claims and the tests that decide them, which were fixed before the runs.
+"""
+
+import os
+
+from absl import flags
+
+from tools import program
+from tools.studies import answers, answers_figures, answers_report, output, results
+
+
+def define_flags():
+  flags.DEFINE_string("results_dir", "docs/answers", "Directory of the studies' results.")
+  flags.DEFINE_string(
+    "output", "docs/answers.md", "The report; its pictures go into a folder beside it."
+  )
+
+
+def answer(results_dir: str, output_path: str) -> str:
+  """Writes the report and its pictures, and returns the verdicts as text.
+
+  Raises:
+    UserError: a result is invalid, or the output cannot be written.
+  """
+  folder = output.picture_folder(output_path)
+  groups = results.read_groups(results_dir)
+  runs, decided = answers.Runs(groups), answers.decide(groups)
+  images = answers_figures.draw(runs)
+  links = {name: f"{os.path.basename(folder)}/{name}.png" for name in images}
+  contents = {os.path.join(folder, f"{name}.png"): png for name, png in images.items()}
+  # The report comes last, when the pictures that it shows exist.
+  contents[output_path] = answers_report.to_markdown(runs, decided, links).encode()
+  output.write_all(f"--output={output_path}", contents)
+  lines = [f"{each.key:6}  {each.verdict:30}  {each.claim}" for each in decided]
+  return "\n".join([*lines, f"Report: {output_path}"])
+
+
+def main():
+  print(answer(flags.FLAGS.results_dir, flags.FLAGS.output))
+
+
+if __name__ == "__main__":
+  program.run(main, define_flags)
