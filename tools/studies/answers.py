@@ -218,16 +218,18 @@ def _decide_momentum(runs: Runs) -> Answer:
 def _decide_eigenvalue(runs: Runs) -> Answer:
   claim = "at the end of warmup, the largest eigenvalue is above Nesterov's bound in broken runs"
   test = "above in all 5 seeds of kn = 2048, in none of kn = 128"
-  verdict, lines, above = runs.missing(STARTS.values()), [], {}
-  for kn, stem in STARTS.items():
-    ratios = [_over_bound(result) for result in runs.results(stem)]
-    above[kn] = sum(ratio > 1 for ratio in ratios)
-    if ratios:
-      shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-      lines.append(f"kn {kn}: eigenvalue / bound = {shown}")
+  verdict, found = runs.missing(STARTS.values()), over_bound(runs)
   if not verdict:
+    above = {kn: sum(ratio > 1 for ratio in ratios) for kn, ratios in found.items()}
     verdict = REPRODUCED if above == {128: 0, 2048: len(SEEDS)} else NOT_REPRODUCED
+  shown = {kn: ", ".join(f"{ratio:.2f}" for ratio in ratios) for kn, ratios in found.items()}
+  lines = [f"kn {kn}: eigenvalue / bound = {each}" for kn, each in shown.items() if each]
   return Answer("why.7", claim, "<br>".join(lines), test, verdict)
+
+
+def over_bound(runs: Runs) -> dict[int, list[float]]:
+  """The eigenvalues at the end of the warmup over Nesterov's bound, of each seed by kn."""
+  return {kn: [_over_bound(each) for each in runs.results(stem)] for kn, stem in STARTS.items()}
 
 
 def _over_bound(result: Result) -> float:

@@ -45,7 +45,7 @@ def to_markdown(runs: Runs, decided: list[Answer], pictures: dict[str, str]) -> 
     _tabulate(d1),
     _D1_AGAINST,
     "## (why) Why does it break there?",
-    _answer_why(why),
+    _answer_why(runs, why),
     *_picture(pictures, "why"),
     _tabulate(why),
     _WHY_AGAINST,
@@ -92,17 +92,20 @@ def _spread(runs: Runs, largest: int) -> str:
   return format_points(max(found))
 
 
-def _answer_why(decided: list[Answer]) -> str:
+def _share_above(ratios: list[float]) -> str:
+  return f"{sum(ratio > 1 for ratio in ratios)} of {len(ratios)}"
+
+
+def _answer_why(runs: Runs, decided: list[Answer]) -> str:
   """The answer in a few sentences, or what is known so far."""
   verdicts = {answer.key: answer.verdict for answer in decided}
   parts = []
-  if verdicts["why.7"] == REPRODUCED:
+  if PENDING not in verdicts["why.7"]:
+    small, large = (_share_above(ratios) for _, ratios in sorted(answers.over_bound(runs).items()))
     parts.append(
-      "When the warmup ends, the runs that break are past the rate at which Nesterov's SGD is "
-      "stable, and those that do not break are below it."
+      "At the end of the warmup, the largest eigenvalue is above the bound of stability in "
+      f"{large} runs of kn = 2048, which break, and in {small} of kn = 128, which do not."
     )
-  elif verdicts["why.7"] == NOT_REPRODUCED:
-    parts.append("The curvature at the end of the warmup does not tell which runs break.")
   if verdicts["why.1"] == NOT_REPRODUCED:
     parts.append("The noise scale late in training does not tell where the break is.")
   elif verdicts["why.1"] == REPRODUCED:

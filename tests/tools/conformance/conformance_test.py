@@ -21,7 +21,7 @@ from tools.conformance.problem import make_examples, make_parameters, make_recip
 pytestmark = pytest.mark.xdist_group("conformance")
 
 # (tasks, replicas per task): 4, 2 or 1 workers per replica.
-CLUSTERS = [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)]
+CLUSTERS = [(1, 1), (1, 2), (2, 2), (4, 1)]
 # float32, whose BN uses another kernel, on the simplest and the most complex cluster.
 RUNS = [(cluster, "float64") for cluster in CLUSTERS] + [
   (cluster, "float32") for cluster in ((1, 1), (2, 2))
@@ -194,7 +194,7 @@ def assert_noise(seen, step, recipe, batch, limit):
   seed=st.integers(0, 2**31 - 1),
 )
 # No shrinking: a case takes seconds, and every case is small.
-@settings(max_examples=10, derandomize=True, database=None, phases=[Phase.generate])
+@settings(max_examples=7, derandomize=True, database=None, phases=[Phase.generate])
 def test_every_recipe_is_the_references(network, **changes):
   # With fewer images in a step, an epoch would have more than 12 steps.
   assume(changes["workers"] * changes["per_worker_batch_size"] >= 4)
