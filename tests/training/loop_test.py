@@ -67,7 +67,6 @@ def make_loop(first_request, log_every_steps, saves):
     bad=None,
     stop=StopRequest(),
     noise=NoiseScale(RECIPE),
-    curvature=lambda batch: {},
     alone=False,
   )
 

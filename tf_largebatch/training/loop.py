@@ -41,9 +41,9 @@ class Loop:
     bad: the bad examples that are skipped; None: none are.
     stop: the request to stop.
     noise: running averages of the gradient noise scale.
-    curvature: see `curvature.make_curvature`.
     alone: whether the run has a single task.
     done: steps done.
+    curvature: see `curvature.make_curvature`; by default, nothing is measured.
     before_saving: called before each checkpoint.
     seconds: time trained, in earlier sessions too; without evaluation.
     stop_requested: whether the last step that was read reported a request to stop.
@@ -62,9 +62,9 @@ class Loop:
   bad: BadExamples | None
   stop: StopRequest
   noise: NoiseScale
-  curvature: Callable[[Any], dict[str, float]]
   alone: bool
   done: int = 0
+  curvature: Callable[[Any], dict[str, float]] = lambda batch: {}
   before_saving: Callable[[], None] = lambda: None
   seconds: float = 0.0
   stop_requested: bool = False
