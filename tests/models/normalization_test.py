@@ -352,3 +352,33 @@ def test_replicas_keep_equal_moving_averages_unlike_those_of_keras():
   mean, variance = np.array(copies["stock"])
   assert_close(mean, [[0.1 * 2, 0.1 * 6], [0.1 * 10, 0.1 * 30]], 1e-6)
   assert np.min(np.abs(variance[1] - variance[0])) > 1
+
+
+def _second_derivative(layer, x, dy, v):
+  """d/dε of the gradient of Σ dy·tanh(y) at x + ε v, by two tapes."""
+  with tf.GradientTape() as outer:
+    outer.watch(x)
+    with tf.GradientTape() as inner:
+      inner.watch(x)
+      loss = tf.reduce_sum(dy * tf.tanh(layer(x, training=True)))
+    slope = tf.reduce_sum(inner.gradient(loss, x) * v)
+  return outer.gradient(slope, x).numpy()
+
+
+@pytest.mark.parametrize("policy, tolerance", [("float64", 1e-8), ("float32", 1e-5)])
+def test_second_derivatives(policy, tolerance):
+  """Against central differences of the first; Keras' own layer is off by percents."""
+  dtype = POLICIES[policy][0]
+  x, dy, v = (images((6, 3), np.float64, seed) for seed in range(3))
+
+  def gradient(x):
+    y = reference(x, x, np.ones(3), np.zeros(3), 6, 1e-3)[0]
+    return reference(x, dy * (1 - np.tanh(y) ** 2), np.ones(3), np.zeros(3), 6, 1e-3)[1]
+
+  expected = (gradient(x + 1e-5 * v) - gradient(x - 1e-5 * v)) / 2e-5
+  arguments = [tf.constant(array, dtype) for array in (x, dy, v)]
+  ours = PerWorkerBatchNormalization(6, epsilon=1e-3, dtype=policy)
+  assert_close(_second_derivative(ours, *arguments), expected, tolerance)
+  theirs = keras.layers.BatchNormalization(dtype=policy)
+  difference = _second_derivative(theirs, *arguments) - expected
+  assert 0.01 < np.linalg.norm(difference) / np.linalg.norm(expected) < 0.3
