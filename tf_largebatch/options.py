@@ -53,8 +53,8 @@ class RunOptions:
   )
   curvature_every_steps: int = declare(
     0,
-    "Steps between two measurements of the loss's curvature (docs/metrics.md), each of which takes "
-    "as long as tens of steps. 0: none.",
+    "Steps between two measurements of the loss's curvature, each of which multiplies the Hessian "
+    "by up to 100 vectors (docs/metrics.md). 0: none.",
     at_least=0,
   )
   evaluation_batch_size: int = declare(

@@ -7,7 +7,7 @@ its pictures in docs/answers/. The same results give the same bytes. docs/answer
 the claims and the tests that decide them, which were fixed before the runs.
 """
 
-import os
+import functools
 
 from absl import flags
 
@@ -28,15 +28,11 @@ def answer(results_dir: str, output_path: str) -> str:
   Raises:
     UserError: a result is invalid, or the output cannot be written.
   """
-  folder = output.picture_folder(output_path)
+  output.require_markdown(output_path)
   groups = results.read_groups(results_dir)
   runs, decided = answers.Runs(groups), answers.decide(groups)
-  images = answers_figures.draw(runs)
-  links = {name: f"{os.path.basename(folder)}/{name}.png" for name in images}
-  contents = {os.path.join(folder, f"{name}.png"): png for name, png in images.items()}
-  # The report comes last, when the pictures that it shows exist.
-  contents[output_path] = answers_report.to_markdown(runs, decided, links).encode()
-  output.write_all(f"--output={output_path}", contents)
+  to_markdown = functools.partial(answers_report.to_markdown, runs, decided)
+  output.write_report(output_path, answers_figures.draw(runs), to_markdown)
   lines = [f"{each.key:6}  {each.verdict:30}  {each.claim}" for each in decided]
   return "\n".join([*lines, f"Report: {output_path}"])
 

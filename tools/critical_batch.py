@@ -19,7 +19,6 @@ Source: McCandlish et al. 2018 (arXiv 1812.06162), §2.2; Johnson et al. 2020 (a
 """
 
 import dataclasses
-import io
 import json
 import math
 import os
@@ -88,9 +87,7 @@ def _draw(runs: dict[str, tuple[Recipe, list[Epoch]]]) -> bytes:
     panel.grid(alpha=0.3)
   panels[0].set_ylabel("minibatch kn, images")
   panels[0].legend()
-  image = io.BytesIO()
-  figure.savefig(image, format="png")
-  return image.getvalue()
+  return output.to_png(figure)
 
 
 def _as_json(recipe: Recipe, epochs: list[Epoch]) -> dict:

@@ -9,7 +9,7 @@ minima. `tools/studies/claims.py` states the claims and the rules that decide th
 before the runs; the report repeats the rules.
 """
 
-import os
+import functools
 
 from absl import flags
 
@@ -30,19 +30,11 @@ def replicate(results_dir: str, output_path: str) -> str:
   Raises:
     UserError: a result is invalid, or the output cannot be written.
   """
-  folder = output.picture_folder(output_path)
+  output.require_markdown(output_path)
   groups = claims.arrange(results.read_groups(results_dir))
   decided = claims.decide(groups)
-  images = {os.path.join(folder, f"{name}.png"): png for name, png in figures.draw(groups).items()}
-  links = {
-    os.path.splitext(os.path.basename(path))[0]: os.path.relpath(
-      path, os.path.dirname(output_path) or "."
-    )
-    for path in images
-  }
-  # The report comes last, when the pictures that it shows exist.
-  contents = {**images, output_path: report.to_markdown(groups, decided, links).encode()}
-  output.write_all(f"--output={output_path}", contents)
+  to_markdown = functools.partial(report.to_markdown, groups, decided)
+  output.write_report(output_path, figures.draw(groups), to_markdown)
   lines = [f"{claim.key:2}  {claim.verdict:30}  {claim.claim}" for claim in decided]
   return "\n".join([*lines, f"Report: {output_path}"])
 

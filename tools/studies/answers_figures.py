@@ -1,12 +1,12 @@
 """The pictures of `tools.answers`."""
 
-import io
 import math
 import statistics
 
 from tools.studies import answers
 from tools.studies.answers import BASELINE, NO_MOMENTUM, SAME_STEPS, SWEEP, Runs
 from tools.studies.curves import COLOURS
+from tools.studies.output import to_png
 from tools.studies.verdicts import DELTA
 
 _BLACK, _BLUE, _ORANGE = COLOURS[:3]
@@ -38,12 +38,6 @@ def _why_groups(runs: Runs) -> dict[str, str]:
   return {label: stem for label, stem in groups.items() if runs.errors(stem)}
 
 
-def _to_png(figure) -> bytes:
-  image = io.BytesIO()
-  figure.savefig(image, format="png")
-  return image.getvalue()
-
-
 def _new_figure(width: float):
   from matplotlib.figure import Figure  # Slow to import, so not before the results are checked.
 
@@ -66,7 +60,7 @@ def _draw_sweep(runs: Runs) -> bytes:
   scales.set(title="Noise scale (geometric mean, and range over seeds)")
   scales.grid(alpha=0.3)
   scales.legend(fontsize=9, frameon=False)
-  return _to_png(figure)
+  return to_png(figure)
 
 
 def _draw_scales(panel, runs: Runs, kn: int, colour: str):
@@ -88,7 +82,7 @@ def _draw_groups(runs: Runs, groups: dict[str, str]) -> bytes:
   _draw_errors(panel, runs, groups)
   panel.set_title("What mends kn = 1024")
   panel.tick_params(axis="x", labelrotation=25)
-  return _to_png(figure)
+  return to_png(figure)
 
 
 def _draw_errors(panel, runs: Runs, groups: dict[str, str]):

@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import html
-import io
 import statistics
 
 from tools.studies import comparison
@@ -17,6 +16,7 @@ from tools.studies.curves import (
   format_points,
   format_seeds,
 )
+from tools.studies.output import to_png
 
 # Errors of runs that differ in these fields do not measure the same thing.
 _TASK_FIELDS = ("dataset", "train_split", "validation_split", "network")
@@ -115,9 +115,7 @@ def draw(
   legend = figure.legend(shown.values(), shown, loc="outside lower center", ncols=2, frameon=False)
   for text in legend.get_texts():
     text.set_parse_math(False)  # A $ in a label does not start a formula.
-  image = io.BytesIO()
-  figure.savefig(image, format="png")
-  return image.getvalue()
+  return to_png(figure)
 
 
 def _draw_group(column, index: int, group: Group, kind: str, comparisons):

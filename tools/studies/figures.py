@@ -1,6 +1,5 @@
 """The pictures of `tools.replication`."""
 
-import io
 import itertools
 import math
 import statistics
@@ -8,6 +7,7 @@ import statistics
 from tools.studies import claims
 from tools.studies.claims import BASELINE, CONSTANT, GRADUAL, KNOWN, NONE, OTHERS, SWEEP
 from tools.studies.curves import COLOURS, KINDS
+from tools.studies.output import to_png
 from tools.studies.results import Group
 from tools.studies.verdicts import DELTA, NOT_DECIDABLE, NOT_REPRODUCED, REPRODUCED, equal, welch
 
@@ -46,12 +46,6 @@ def draw(groups: dict[str, Group]) -> dict[str, bytes]:
   return {name: image for name, image in pictures.items() if image}
 
 
-def _to_png(figure) -> bytes:
-  image = io.BytesIO()
-  figure.savefig(image, format="png")
-  return image.getvalue()
-
-
 def _draw_curves(groups: dict[str, Group], rows: list[list], needed) -> bytes | None:
   """Draws panels of curves.
 
@@ -80,7 +74,7 @@ def _draw_curves(groups: dict[str, Group], rows: list[list], needed) -> bytes | 
     _set_ticks(panel)
     if share == "all":
       panel.label_outer()
-  return _to_png(figure)
+  return to_png(figure)
 
 
 def _draw_curve(panel, errors: dict[float, list[float]], name: str, colour: str, width: float):
@@ -133,7 +127,7 @@ def draw_figure_1(groups: dict[str, Group]) -> bytes:
     _draw_ours(ours, groups)
   else:
     ours.text(0.5, 0.5, "no baseline yet", ha="center", transform=ours.transAxes)
-  return _to_png(figure)
+  return to_png(figure)
 
 
 def _draw_ours(panel, groups: dict[str, Group]):

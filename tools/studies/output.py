@@ -5,20 +5,42 @@ has no other use for it.
 """
 
 import contextlib
+import io
 import os
+from collections.abc import Callable
 
 from tf_largebatch.errors import UserError, summary
 
 
-def picture_folder(report: str) -> str:
-  """Returns the folder for a report's pictures, which lies beside it.
+def to_png(figure) -> bytes:
+  """Returns the PNG of a figure of matplotlib."""
+  image = io.BytesIO()
+  figure.savefig(image, format="png")
+  return image.getvalue()
+
+
+def require_markdown(path: str):
+  """Raises a UserError if a report's name does not end in .md."""
+  if not path.endswith(".md"):
+    raise UserError(f"--output={path} is refused; give a file name that ends in .md.")
+
+
+def write_report(path: str, images: dict[str, bytes], to_markdown: Callable[[dict], str]):
+  """Writes a report, and its pictures into a folder beside it.
+
+  Args:
+    path: of the report; ends in .md.
+    images: PNGs by name.
+    to_markdown: returns the report, given the pictures' paths, relative to it, by name.
 
   Raises:
-    UserError: the report's name does not end in .md.
+    UserError: a file cannot be written.
   """
-  if not report.endswith(".md"):
-    raise UserError(f"--output={report} is refused; give a file name that ends in .md.")
-  return report.removesuffix(".md")
+  folder = path.removesuffix(".md")
+  links = {name: f"{os.path.basename(folder)}/{name}.png" for name in images}
+  contents = {os.path.join(folder, f"{name}.png"): png for name, png in images.items()}
+  # The report comes last, when the pictures that it shows exist.
+  write_all(f"--output={path}", {**contents, path: to_markdown(links).encode()})
 
 
 def write_all(flag: str, contents: dict[str, bytes]):

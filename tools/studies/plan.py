@@ -120,7 +120,7 @@ def _recipe(
 
 
 def _given(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
-  """Returns the names of the recipe's flags that are given, and what is no flag."""
+  """Returns the names of the recipe's flags among the arguments, and the non-flag arguments."""
   values = _new_flags()
   left = command_line.parse_flags([train.__name__, *arguments], values)
   return sorted(name for name in RECIPE_FLAGS if values[name].present), left[1:]

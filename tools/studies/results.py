@@ -201,7 +201,7 @@ class _Fields:
     return tuple(dict(zip(names, row, strict=True)) for row in rows)
 
   def _rows(self, name: str, fields: tuple[str, ...]) -> list[list[float]]:
-    """Returns the numbers of these names of each object in a list; none if there is no list."""
+    """Returns these fields, all numbers, of each object in a list; [] if the list is missing."""
     rows = self.get(name, (list,)) if name in self._data else []
     try:
       found = [[row[field] for field in fields] for row in rows]

@@ -61,7 +61,7 @@ def judge(setting: dict) -> dict:
   each = [[second for task in turn["alone"] for second in task] for turn in turns]
   middles = [statistics.median(seconds) for seconds in each]
   alone = statistics.median(middles)
-  # The machine's speed drifts from turn to turn, which is no jitter.
+  # Drift of the machine's speed between turns does not count as jitter.
   steady = [s / middle for seconds, middle in zip(each, middles, strict=True) for s in seconds]
   jitter = coefficient_of_variation(steady)
   step = statistics.median(statistics.fmean(turn["step"]) for turn in turns)
