@@ -23,14 +23,12 @@ import os
 
 from absl import flags
 
-from tf_largebatch.errors import UserError, summary
+from tf_largebatch.errors import UserError
 from tf_largebatch.options import expand_home
 from tf_largebatch.recipe import Recipe
 from tools import program
-from tools.studies import output
+from tools.studies import bn_results, output
 from tools.studies.work_directories import read_recipe, read_result
-
-_KINDS = ("running", "recomputed", "minibatch")
 
 
 def define_flags():
@@ -67,25 +65,8 @@ def _read_runs(work_dirs: list[str]) -> dict[str, tuple[str, Recipe, dict]]:
   return runs
 
 
-def _read_known(path: str) -> dict:
-  """Reads what earlier calls measured."""
-  try:
-    with open(path, encoding="utf-8") as file:
-      known = json.loads(file.read())
-    for name, each in known.items():
-      _row(name, each, 0)
-      _ = each["weights_sha256"], each["requested_images"]
-  except FileNotFoundError:
-    return {}
-  except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-    raise UserError(
-      f"--output={path} does not hold what this program writes ({summary(error)}); give another."
-    ) from error
-  return known
-
-
 def _row(name: str, run: dict, width: int) -> str:
-  errors = "".join(f"{run[kind]['error']:12.2%}" for kind in _KINDS)
+  errors = "".join(f"{run[kind]['error']:12.2%}" for kind in bn_results.KINDS)
   return f"{name:{width}}{run['workers']:6d}{run['per_worker_batch_size']:6d}{errors}"
 
 
@@ -104,9 +85,9 @@ def main(work_dirs: list[str]):
     raise UserError("No run was given; give the work directories of complete runs.")
   path = os.path.expanduser(values.output)
   runs = _read_runs([os.path.expanduser(work_dir) for work_dir in work_dirs])
-  results = _read_known(path)
+  results = bn_results.read(path, "give another --output")
   width = max(map(len, ["run", *runs]))
-  print(f"{'run':{width}}{'k':>6}{'n':>6}" + "".join(f"{kind:>12}" for kind in _KINDS))
+  print(f"{'run':{width}}{'k':>6}{'n':>6}" + "".join(f"{kind:>12}" for kind in bn_results.KINDS))
   for name, (work_dir, recipe, result) in runs.items():
     identity = {"requested_images": values.images, "weights_sha256": result["weights_sha256"]}
     if results.get(name, {}) | identity != results.get(name):

@@ -11,24 +11,13 @@ from matplotlib import image
 from scipy import stats
 
 from tests.launching import ROOT
-from tests.tools.studies.made_up_results import KN, make_recipe, write_result
+from tests.tools.studies.made_up_results import KN, make_recipe, write_group, write_result
 from tools import answers as program
 from tools.studies import answers
 from tools.studies.results import read_groups
 from tools.studies.verdicts import NOT_DECIDABLE, NOT_REPRODUCED, REPRODUCED
 
-_SCATTER = (0.0, 0.0002, -0.0002, 0.0004, -0.0004)
 _SWEEP = {kn: 0.1 for kn in (16, 32, 64, 128, 256, 512)} | {1024: 0.15, 2048: 0.4}
-
-
-def _write(root, group, error, seeds=range(5, 10), kn=1024, **changes):
-  """Writes the results of a group; changes may be functions of the seed."""
-  for index, seed in enumerate(seeds):
-    recipe = make_recipe(f"{KN}{kn}", seed=seed)
-    fields = {name: f(seed) if callable(f) else f for name, f in changes.items()}
-    error_of_seed = error + _SCATTER[index]
-    name = f"{group}_seed{seed}.json"
-    write_result(root, recipe, f"{KN}{kn}", error_of_seed, "made", name, group=group, **fields)
 
 
 def _noise(scale):
@@ -46,12 +35,13 @@ def _noise(scale):
 
 def _write_sweep(root, errors=_SWEEP, scale=700.0):
   for kn, error in errors.items():
-    _write(root, f"{KN}{kn}", error, kn=kn, noise=_noise(scale))
+    write_group(root, f"{KN}{kn}", error, kn=kn, noise=_noise(scale))
   return root
 
 
 def _verdicts(root):
-  return {each.key: each.verdict for each in answers.decide(read_groups(str(root)))}
+  runs = answers.Runs(read_groups(str(root)))
+  return {each.key: each.verdict for each in answers.decide(runs)}
 
 
 def test_what_the_sweep_decides(tmp_path):
@@ -102,14 +92,14 @@ def test_the_noise_scale_and_the_break(tmp_path, scale, verdict):
 def test_the_best_of_a_search_is_compared(tmp_path):
   _write_sweep(tmp_path)
   for index, stem in enumerate(answers.RATES):
-    _write(tmp_path, stem, 0.13 - 0.01 * min(index, 6 - index), seeds=(10, 11))
+    write_group(tmp_path, stem, 0.13 - 0.01 * min(index, 6 - index), seeds=(10, 11))
   assert _verdicts(tmp_path)["why.3"] == "pending (5 of 10 runs)"  # Those of the baseline.
-  _write(tmp_path, answers.RATES[3], 0.1)
+  write_group(tmp_path, answers.RATES[3], 0.1)
   assert _verdicts(tmp_path)["why.3"] == REPRODUCED
   # The seeds of the search do not count in the verdict, nor the verdict's in the search.
-  _write(tmp_path, answers.RATES[2], 0.09)
+  write_group(tmp_path, answers.RATES[2], 0.09)
   assert _verdicts(tmp_path)["why.3"] == REPRODUCED
-  _write(tmp_path, answers.RATES[3], 0.2)
+  write_group(tmp_path, answers.RATES[3], 0.2)
   assert _verdicts(tmp_path)["why.3"] == NOT_REPRODUCED
 
 
@@ -119,8 +109,8 @@ def test_the_best_of_a_search_is_compared(tmp_path):
 )
 def test_momentum(tmp_path, without, breaks, verdict):
   _write_sweep(tmp_path, _SWEEP | {1024: breaks})
-  _write(tmp_path, answers.NO_MOMENTUM[1024], without)
-  _write(tmp_path, answers.NO_MOMENTUM[16], 0.11, kn=16)
+  write_group(tmp_path, answers.NO_MOMENTUM[1024], without)
+  write_group(tmp_path, answers.NO_MOMENTUM[16], 0.11, kn=16)
   assert _verdicts(tmp_path)["why.6"] == verdict
 
 
@@ -136,13 +126,13 @@ def test_the_eigenvalue_at_the_end_of_the_warmup(tmp_path, large, small, verdict
     point = {"learning_rate": 0.5, "largest_eigenvalue": ratio * bound}
     other = {"learning_rate": 0.5, "largest_eigenvalue": (2 - ratio) * bound}
     curvature = [{"step": end // 2, **other}, {"step": end, **point}, {"step": 2 * end, **other}]
-    _write(tmp_path, answers.STARTS[kn], 0.1, kn=kn, curvature=curvature)
+    write_group(tmp_path, answers.STARTS[kn], 0.1, kn=kn, curvature=curvature)
   assert _verdicts(tmp_path)["why.7"] == verdict
 
 
 def test_report_and_pictures(tmp_path):
   results = _write_sweep(tmp_path / "results")
-  _write(results, answers.SAME_STEPS, 0.1)
+  write_group(results, answers.SAME_STEPS, 0.1)
   for folder in ("one", "two"):
     program.answer(str(results), str(tmp_path / folder / "report.md"))
   report = (tmp_path / "one/report.md").read_text()

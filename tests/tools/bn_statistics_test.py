@@ -266,7 +266,7 @@ def test_a_run_that_cannot_be_measured_is_refused(run, tmp_path, monkeypatch, da
 def test_other_mistakes_are_refused(run, tmp_path, monkeypatch):
   (tmp_path / "new").mkdir()
   (tmp_path / "new" / "statistics.json").write_text('{"n4": {"workers": 2}}')
-  with pytest.raises(UserError, match="does not hold what this program writes"):
+  with pytest.raises(UserError, match=r"does not hold what tools\.bn_statistics writes"):
     _measure(monkeypatch, tmp_path, run)
   shutil.copytree(run, tmp_path / "n4")
   with pytest.raises(UserError, match="Two runs are named n4"):

@@ -99,6 +99,12 @@ class Runs:
     return f"{text} ({failed} of {len(errors)} failed)" if failed else text
 
 
+def combine(verdicts: list[str]) -> str:
+  """The verdict of a claim that needs each of its tests."""
+  first = (NOT_REPRODUCED, NOT_DECIDABLE, REPRODUCED)
+  return next(possible for possible in first if possible in verdicts)
+
+
 def late_noise_scale(result: Result) -> float:
   """B of a run over the epochs of why.1; infinite if no gradient is seen above the noise."""
   epochs = [each for each in result.noise if each.epoch in NOISE_EPOCHS]
@@ -114,9 +120,8 @@ def nesterov_bound(momentum: float, rate: float) -> float:
   return (2 + 2 * momentum) / (rate * (1 + 2 * momentum))
 
 
-def decide(groups: dict[str, Group]) -> list[Answer]:
+def decide(runs: Runs) -> list[Answer]:
   """Decides all claims of (d1) and (why), in their order."""
-  runs = Runs(groups)
   return [
     _decide_flat(runs),
     _decide_pair(runs, "d1.2", "kn = 2048 is worse than the baseline", "worse", SWEEP[2048]),
@@ -138,9 +143,7 @@ def _decide_flat(runs: Runs) -> Answer:
   test, present = "equal(kn, 16) for each", [BASELINE, *stems]
   if not verdict:
     pairs = {stem: (runs.errors(stem), runs.errors(BASELINE)) for stem in stems}
-    each = {rank_tests.equal(*pair) for pair in pairs.values()}
-    first = (NOT_REPRODUCED, NOT_DECIDABLE, REPRODUCED)
-    verdict = next(possible for possible in first if possible in each)
+    verdict = combine([rank_tests.equal(*pair) for pair in pairs.values()])
     p = ", ".join(f"{rank_tests.p_equal(*pair):.3f}" for pair in pairs.values())
     test = f"{test}: p = {p}"
   seen = "<br>".join(runs.describe(stem) for stem in present if runs.errors(stem))

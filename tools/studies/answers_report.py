@@ -1,7 +1,11 @@
 """The report of `tools.answers` in Markdown."""
 
-from tools.studies import answers
+import dataclasses
+import itertools
+
+from tools.studies import answers, answers_c, answers_n
 from tools.studies.answers import BASELINE, SWEEP, Answer, Runs
+from tools.studies.bn_results import KINDS
 from tools.studies.curves import format_points
 from tools.studies.report import bold, describe_cost, tabulate
 from tools.studies.verdicts import NOT_REPRODUCED, PENDING, REPRODUCED
@@ -24,14 +28,44 @@ _WHY_AGAINST = (
   "lies near it depends on the epochs; the claim fixed them before the runs. The bound is that of "
   "a quadratic, and the loss is none."
 )
-_NOT_YET = "No run yet: the claims and their tests are in [answers_claims.md](answers_claims.md)."
+_N_AGAINST = (
+  "**What speaks against it.** At the same kn, a smaller n also means noisier normalisation of a "
+  "network with few layers; deeper ones may react otherwise. The rate is that of n = 16. At "
+  "kn = 128 and n = 128 there is one worker, at kn = 512 and n = 2 there are 256."
+)
+_C_AGAINST = (
+  "**What speaks against it.** Links between namespaces of one machine are neither Ethernet nor "
+  "InfiniBand, and the tasks share two cores with what carries their packets. The forecast for "
+  "GPUs rests on the model, assumed latencies and an assumed step: no GPU was measured."
+)
+_C_FORECAST = (
+  f"Forecast for servers of 8 GPUs with {answers_c.IMAGES} images each: the kn at which more than "
+  "1 % / more than 10 % of the step waits for communication, up to 10 000 GPUs (kn = "
+  f"{answers_c.IMAGES * answers_c.GPUS[-1]}; –: not up to there), by the Gbit/s of a server's "
+  "network. The paper's GPU is taken to need "
+  f"{answers_c.STEP_SECONDS:g} s for ResNet-50; the other steps follow from the multiplications, "
+  "and the rest is as in `tools.forecast` by default with `--overlap=backprop`."
+)
 
 
-def to_markdown(runs: Runs, decided: list[Answer], pictures: dict[str, str]) -> str:
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """All that the report shows: results, and what was decided from them."""
+
+  runs: Runs
+  statistics: answers_n.Statistics
+  links: list[dict]
+  decided: list[Answer]
+
+  def about(self, question: str) -> list[Answer]:
+    """The claims of d1, why, n or c."""
+    return [answer for answer in self.decided if answer.key.startswith(f"{question}.")]
+
+
+def to_markdown(found: Found, pictures: dict[str, str]) -> str:
   """Returns the report; `pictures` maps a picture's name to its path, relative to the report."""
+  runs = found.runs
   results = [result for group in runs.groups.values() for result in group.results]
-  d1 = [answer for answer in decided if answer.key.startswith("d1")]
-  why = [answer for answer in decided if answer.key.startswith("why")]
   blocks = [
     "# The reader's three questions, answered",
     "Claims, tests and margins were stated before the first run: "
@@ -42,19 +76,51 @@ def to_markdown(runs: Runs, decided: list[Answer], pictures: dict[str, str]) -> 
     _answer_d1(runs),
     *_picture(pictures, "d1"),
     "Epochs in which some seed sees no gradient above the noise are left out on the right.",
-    _tabulate(d1),
+    _tabulate(found.about("d1")),
     _D1_AGAINST,
     "## (why) Why does it break there?",
-    _answer_why(runs, why),
+    _answer_why(runs, found.about("why")),
     *_picture(pictures, "why"),
-    _tabulate(why),
+    _tabulate(found.about("why")),
     _WHY_AGAINST,
-    "## (n) What does n do at the same kn?",
-    _NOT_YET,
-    "## (c) When is communication the bottleneck?",
-    _NOT_YET,
+    *_about_n(found, pictures),
+    *_about_links(found, pictures),
   ]
   return "\n\n".join(blocks) + "\n"
+
+
+def _about_n(found: Found, pictures: dict[str, str]) -> list[str]:
+  head = ["kn", "n", "k", "error of a run", *(f"final weights, {kind}" for kind in KINDS)]
+  return [
+    "## (n) What does n do at the same kn?",
+    answers_n.describe(found.runs, found.statistics),
+    *_picture(pictures, "n"),
+    _tabulate(found.about("n")),
+    "Medians over the seeds, in %:",
+    tabulate(head, answers_n.rows(found.runs, found.statistics)),
+    _N_AGAINST,
+  ]
+
+
+def _about_links(found: Found, pictures: dict[str, str]) -> list[str]:
+  links = itertools.product(answers_c.GIGABITS, answers_c.DELAYS)
+  head = ["network", "tasks", "packs", *(f"{rate:g} Gbit/s, {delay:g} ms" for rate, delay in links)]
+  measured = [
+    "How much longer the step is than without communication, in %, by the rate and the delay of "
+    "the links (`python -m tools.benchmark.slow_links`):",
+    tabulate(head, answers_c.measured_rows(found.links)),
+  ]
+  head = ["network", "GPU", "step, ms", *(f"{rate} Gbit/s" for rate in answers_c.NETWORK_GIGABITS)]
+  return [
+    "## (c) When is communication the bottleneck?",
+    answers_c.describe(found.links),
+    *_picture(pictures, "c"),
+    _tabulate(found.about("c")),
+    *(measured if found.links else []),
+    _C_FORECAST,
+    tabulate(head, answers_c.forecast_rows()),
+    _C_AGAINST,
+  ]
 
 
 def _picture(pictures: dict[str, str], name: str) -> list[str]:

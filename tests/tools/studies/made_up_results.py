@@ -8,6 +8,7 @@ from tools.studies.results import read_groups
 
 KN = "fashion_mnist_kn"
 SCATTER = (0.0, 0.001, -0.001, 0.0005, -0.0005)
+_SMALL_SCATTER = (0.0, 0.0002, -0.0002, 0.0004, -0.0004)
 # Made-up groups: stem → (warmup, correction, mean error, seeds).
 GROUPS = {
   **{f"{KN}{16 * 2**i}": ("gradual", True, 0.100, 5) for i in range(6)},
@@ -69,6 +70,16 @@ def write_result(root, run, stem, error, study="table1", name=None, **changes):
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(data))
   return path
+
+
+def write_group(root, group, error, seeds=range(5, 10), kn=1024, **changes):
+  """Writes the results of a study's group; changes may be functions of the seed."""
+  for index, seed in enumerate(seeds):
+    recipe = make_recipe(f"{KN}{kn}", seed=seed)
+    fields = {name: f(seed) if callable(f) else f for name, f in changes.items()}
+    error_of_seed = error + _SMALL_SCATTER[index]
+    name = f"{group}_seed{seed}.json"
+    write_result(root, recipe, f"{KN}{kn}", error_of_seed, "made", name, group=group, **fields)
 
 
 def write_all(root, groups):
