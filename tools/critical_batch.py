@@ -1,10 +1,12 @@
 r"""Up to which minibatch does linear scaling pay in a run, epoch by epoch?
 
   python -m tools.critical_batch runs/kn32 runs/kn256 --output_dir=critical_batch
+  python -m tools.critical_batch --from_checkpoint=runs/kn32/checkpoints/step-0000003750.json \
+    --workers=4,8,16 --epochs=2 --output_dir=branches
 
-A RUN is the work directory of `tf_largebatch.train`; its run may still be training, and needs
-several passes in a step (k / g ≥ 2). From what the run's records hold of the gradient's noise
-(docs/metrics.md), with means over an epoch,
+The first command asks the noise of the gradients. A RUN is the work directory of
+`tf_largebatch.train`; its run may still be training, and needs several passes in a step
+(k / g ≥ 2). From what its records hold of the noise (docs/metrics.md), with means over an epoch,
 
   B = tr Σ / |G|²                            the noise scale, in images
   r / k = (B + n) / (B + kn)                 AdaScale's gain as a share of linear scaling's
@@ -15,7 +17,16 @@ jackknife over the epoch's records. B depends on where training is: it is measur
 this run, with its rate and its kn, and it says what a step is worth there, not how a run with
 another kn would end.
 
-Source: McCandlish et al. 2018 (arXiv 1812.06162), §2.2; Johnson et al. 2020 (arXiv 2007.05105).
+The second command tries it: from a checkpoint at the end of an epoch, the run goes on for --epochs
+with its own k and with each of --workers, on the same images in the same order, with the rate that
+the recipe has for that k. A branch's loss "comes back" if its mean over the last epoch is at most
+--tolerance above that of the run's own k. The program prints the largest kn whose loss comes back,
+and writes branches.png and branches.json. Each branch is a work directory below --output_dir; the
+same command continues those that are not complete. A run keeps its last three checkpoints and the
+best, so copy the one to branch from while it trains, with recipe.json and flags.txt.
+
+Source: McCandlish et al. 2018 (arXiv 1812.06162), §2.2; Johnson et al. 2020 (arXiv 2007.05105);
+Merrill et al. 2025 (arXiv 2505.23971), §3.
 """
 
 import dataclasses
@@ -28,6 +39,7 @@ from absl import flags
 from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
 from tools import program
+from tools.benchmark import harness
 from tools.studies import output
 from tools.studies.noise import Epoch, critical_batch, epochs_of
 from tools.studies.work_directories import read_recipe, read_records
@@ -38,6 +50,10 @@ _NAME = "critical_batch"
 
 def define_flags():
   flags.DEFINE_string("output_dir", _NAME, "Directory for the files to write.")
+  flags.DEFINE_string("from_checkpoint", None, "Branch from this RUN/checkpoints/step-N.json.")
+  flags.DEFINE_list("workers", [], "With --from_checkpoint, the k to try.")
+  flags.DEFINE_integer("epochs", 2, "With --from_checkpoint, epochs of a branch.", lower_bound=1)
+  flags.DEFINE_float("tolerance", 0.01, "By how much of it the loss may be higher.", lower_bound=0)
 
 
 def _read(work_dir: str) -> tuple[Recipe, list[Epoch]]:
@@ -102,23 +118,92 @@ def _as_json(recipe: Recipe, epochs: list[Epoch]) -> dict:
 
 def main(work_dirs: list[str]):
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads files here.
+  if flags.FLAGS.from_checkpoint:
+    if work_dirs:
+      raise UserError(f"Unexpected argument {work_dirs[0]!r} beside --from_checkpoint; drop one.")
+    harness.exit_on_sigterm()
+    _try_branches(flags.FLAGS)
+    return
   work_dirs = [os.path.expanduser(path) for path in work_dirs]
   if not work_dirs:
     raise UserError("No run was given; give the work directories of runs.")
   runs = {work_dir: _read(work_dir) for work_dir in work_dirs}
   for work_dir, run in runs.items():
     print("\n".join(_table(work_dir, *run)))
-  directory = os.path.expanduser(flags.FLAGS.output_dir)
-  numbers = {work_dir: _as_json(*run) for work_dir, run in runs.items()}
-  path = os.path.join(directory, _NAME)
+  _write(_NAME, _draw(runs), {work_dir: _as_json(*run) for work_dir, run in runs.items()})
+
+
+def _write(name: str, picture: bytes, numbers: dict):
+  """Writes NAME.png and NAME.json into the --output_dir."""
+  path = os.path.join(os.path.expanduser(flags.FLAGS.output_dir), name)
   output.write_all(
     f"--output_dir={flags.FLAGS.output_dir}",
     {
-      f"{path}.png": _draw(runs),
+      f"{path}.png": picture,
       f"{path}.json": (json.dumps(numbers, indent=2, allow_nan=False) + "\n").encode(),
     },
   )
   print(f"Written: {path}.png and .json")
+
+
+def _try_branches(values: flags.FlagValues):
+  """Trains the branches, and says up to which kn the loss comes back."""
+  others = _whole_numbers(values.workers)
+  # Imports TensorFlow, so not before the flags have been checked.
+  from tools.studies import branches
+
+  parent = branches.read_parent(os.path.expanduser(values.from_checkpoint))
+  own = parent.recipe.workers
+  recipes = [branches.branch_recipe(parent, k, values.epochs) for k in sorted({own, *others})]
+  directory = os.path.expanduser(values.output_dir)
+  outcomes = []
+  print(f"{'k':>6}{'kn':>8}{'steps':>8}{'rate':>10}{'loss':>10}{'of own k':>10}{'error':>10}")
+  # The own k first, because the others are compared with it.
+  for recipe in sorted(recipes, key=lambda each: each.workers != own):
+    work_dir = os.path.join(directory, f"k{recipe.workers}")
+    branches.begin(parent, recipe, work_dir)
+    outcomes.append(branches.train_branch(parent, recipe, work_dir))
+    print(_branch_line(outcomes[-1], outcomes[0]), flush=True)
+  largest = branches.largest_that_comes_back(outcomes, own, values.tolerance)
+  print(f"The loss comes back up to kn = {largest}, within {values.tolerance:.1%}.")
+  numbers = {
+    "from_checkpoint": values.from_checkpoint,
+    "epoch": parent.epoch,
+    "tolerance": values.tolerance,
+    "largest_kn": largest,
+    "branches": [
+      dataclasses.asdict(each) | {"loss": each.loss if math.isfinite(each.loss) else None}
+      for each in outcomes
+    ],
+  }
+  _write("branches", _draw_branches(outcomes), numbers)
+
+
+def _whole_numbers(words: list[str]) -> list[int]:
+  if not words or not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+    raise UserError(f"--workers={','.join(words)!r} is refused; give whole numbers above 0.")
+  return [int(word) for word in words]
+
+
+def _branch_line(branch, own) -> str:
+  end = [f"{branch.loss:.4f}", f"{branch.loss / own.loss - 1:+.1%}"]
+  end = end if math.isfinite(branch.loss) else ["diverged", "-"]
+  error = "-" if branch.validation_error is None else f"{branch.validation_error:.2%}"
+  columns = "".join(f"{word:>10}" for word in (f"{branch.learning_rate:.4g}", *end, error))
+  return f"{branch.workers:6d}{branch.kn:8d}{branch.steps:8d}{columns}"
+
+
+def _draw_branches(outcomes) -> bytes:
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+  panel = figure.subplots()
+  for each in sorted(outcomes, key=lambda outcome: outcome.kn):
+    panel.plot(list(each.curve), list(each.curve.values()), label=f"kn = {each.kn}")
+  panel.set(xlabel="epoch", ylabel="training loss", yscale="log")
+  panel.grid(alpha=0.3)
+  panel.legend()
+  return output.to_png(figure)
 
 
 if __name__ == "__main__":

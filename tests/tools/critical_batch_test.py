@@ -60,13 +60,17 @@ def _add_noise(work_dir, variance, squared):
     file.writelines(json.dumps(record) + "\n" for record in records)
 
 
+def _main(monkeypatch, runs, output_dir):
+  values = types.SimpleNamespace(output_dir=output_dir, from_checkpoint=None)
+  monkeypatch.setattr(critical_batch_program, "flags", types.SimpleNamespace(FLAGS=values))
+  critical_batch_program.main(runs)
+
+
 def test_the_table_the_picture_and_the_numbers(tmp_path, monkeypatch, capsys):
   runs = [make_run(tmp_path, name, [0.3, 0.2], per_worker_batch_size=8) for name in "ab"]
   _add_noise(runs[0], 24.0, 0.5)
   _add_noise(runs[1], 24.0, -0.5)
-  values = types.SimpleNamespace(FLAGS=types.SimpleNamespace(output_dir=f"{tmp_path}/out"))
-  monkeypatch.setattr(critical_batch_program, "flags", values)
-  critical_batch_program.main(runs)
+  _main(monkeypatch, runs, f"{tmp_path}/out")
   printed = capsys.readouterr().out
   # B = 48, n = 8, kn = 64: 0.25 · 48 + 1.25 · 8 and 48 + 2 · 8; (48 + 8) / (48 + 64).
   assert printed.count("48         0            22            64           50%") == 2
@@ -78,9 +82,9 @@ def test_the_table_the_picture_and_the_numbers(tmp_path, monkeypatch, capsys):
   assert (tmp_path / "out" / "critical_batch.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_without_the_noise_is_refused_in_one_line(tmp_path):
+def test_a_run_without_the_noise_is_refused_in_one_line(tmp_path, monkeypatch):
   run = make_run(tmp_path, "run", [0.3])
   with pytest.raises(UserError) as error:
-    critical_batch_program.main([run])
+    _main(monkeypatch, [run], str(tmp_path))
   assert str(error.value).startswith(f"{run} holds no gradient_variance: its steps have one pass")
   assert "\n" not in str(error.value)

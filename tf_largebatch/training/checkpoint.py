@@ -133,7 +133,7 @@ class Checkpoints:
       ) from error
     for name in reversed(names):
       try:
-        manifest = _read_manifest(os.path.join(self.directory, name))
+        manifest = read_manifest(os.path.join(self.directory, name))
         if manifest.step != _step_of(name):
           raise ValueError(f"its manifest is of step {manifest.step}")
       except (*files.FAILURES, ValueError) as error:
@@ -145,13 +145,7 @@ class Checkpoints:
     """Returns the state of a checkpoint; logs why and returns None if it is not whole."""
     name = _name_of(manifest.step)
     try:
-      with tf.io.gfile.GFile(_state_path(os.path.join(self.directory, name)), "rb") as file:
-        content = file.read()
-      if len(content) != manifest.bytes:
-        raise ValueError(f"{len(content)} bytes of state instead of {manifest.bytes}")
-      if hashlib.sha256(content).hexdigest() != manifest.sha256:
-        raise ValueError("the state's SHA-256 differs from the manifest's")
-      return dict(np.load(io.BytesIO(content), allow_pickle=False))
+      return load_state(os.path.join(self.directory, name), manifest)
     except (*files.FAILURES, ValueError) as error:
       self._log_skipped(name, error)
       return None
@@ -231,14 +225,8 @@ class Checkpoints:
         len(arrays),
       )
       return
-    path = os.path.join(self.directory, _name_of(step))
     try:
-      tf.io.gfile.makedirs(self.directory)
-      with files.replacing(_state_path(path), "wb") as file:
-        digested = _Digested(file)
-        np.savez(digested, **arrays)
-      manifest = Manifest(step, seconds, digested.bytes, digested.sha256.hexdigest())
-      files.write_text(path, manifest.to_json())
+      store(self.directory, step, seconds, arrays)
       self._prune(step)
     except files.FAILURES as error:
       self._step = None
@@ -253,7 +241,7 @@ class Checkpoints:
     path = os.path.join(self.directory, _name_of(step))
     try:
       if tf.io.gfile.exists(path):  # Otherwise it could not be saved.
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         manifest = dataclasses.replace(manifest, validation_error=error)
         files.write_text(path, manifest.to_json())
         self._prune(step)
@@ -276,7 +264,7 @@ class Checkpoints:
       if _step_of(name) > newest:
         continue
       with contextlib.suppress(ValueError):  # A changed manifest does not count.
-        manifests[name] = _read_manifest(os.path.join(self.directory, name))
+        manifests[name] = read_manifest(os.path.join(self.directory, name))
     rated = [name for name in manifests if manifests[name].validation_error is not None]
     best = min(rated, key=lambda name: manifests[name].validation_error, default=None)
     kept = {*list(manifests)[-_KEEP:], best}
@@ -314,8 +302,59 @@ class _Digested(io.RawIOBase):
     return len(data)
 
 
-def _read_manifest(path: str) -> Manifest:
+def read_manifest(path: str) -> Manifest:
+  """Reads a manifest.
+
+  Raises:
+    ValueError: it is not one, or was changed; or one of `files.FAILURES`.
+  """
   return Manifest.from_json(files.read_text(path))
+
+
+def load_state(path: str, manifest: Manifest) -> dict[str, np.ndarray]:
+  """Returns the state of a checkpoint by name: "model/0000", …, "optimizer/0000", ….
+
+  Args:
+    path: of the manifest.
+    manifest: that was read there.
+
+  Raises:
+    ValueError: the state is not whole; or one of `files.FAILURES`.
+  """
+  with tf.io.gfile.GFile(_state_path(path), "rb") as file:
+    content = file.read()
+  if len(content) != manifest.bytes:
+    raise ValueError(f"{len(content)} bytes of state instead of {manifest.bytes}")
+  if hashlib.sha256(content).hexdigest() != manifest.sha256:
+    raise ValueError("the state's SHA-256 differs from the manifest's")
+  return dict(np.load(io.BytesIO(content), allow_pickle=False))
+
+
+def store(
+  directory: str,
+  step: int,
+  seconds: float,
+  arrays: dict[str, np.ndarray],
+  validation_error: float | None = None,
+) -> None:
+  """Writes a checkpoint.
+
+  Args:
+    directory: of the checkpoints; made if it is missing.
+    step, seconds, validation_error: see `Manifest`.
+    arrays: the state, as `load_state` returns it.
+
+  Raises:
+    one of `files.FAILURES`.
+  """
+  tf.io.gfile.makedirs(directory)
+  path = os.path.join(directory, _name_of(step))
+  with files.replacing(_state_path(path), "wb") as file:
+    digested = _Digested(file)
+    np.savez(digested, **arrays)
+  digest = digested.sha256.hexdigest()
+  manifest = Manifest(step, seconds, digested.bytes, digest, validation_error)
+  files.write_text(path, manifest.to_json())
 
 
 def _state_path(manifest: str) -> str:

@@ -23,13 +23,6 @@ def log_path(work_dir: pathlib.Path) -> pathlib.Path:
   return work_dir.with_name(f"{work_dir.name}.log")
 
 
-def last_message(log: pathlib.Path, start: int) -> str:
-  """Returns the trainer's last error, or its last line if there is none, after `start` bytes."""
-  lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
-  errors = [line for line in lines if line.startswith("error: ")]
-  return (errors or lines or [""])[-1]
-
-
 def finished_epochs(work_dir: pathlib.Path) -> float:
   """Returns how many epochs a run has trained, by the last complete line of its metrics."""
   with contextlib.suppress(FileNotFoundError), open(work_dir / "metrics.jsonl", "rb") as file:

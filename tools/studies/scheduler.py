@@ -18,14 +18,13 @@ import tqdm
 from tf_largebatch import train
 from tf_largebatch.errors import UserError
 from tf_largebatch.signals import next_signal, stop_signals
-from tools.studies import output, run_files
+from tools.studies import output, run_files, trainer_log
 from tools.studies.plan import PlannedRun
 
 _POLL_SECONDS = 1.0
 _PROGRESS_SECONDS = 600.0  # Between two lines of progress if stderr is not a terminal.
 _GRACE_SECONDS = 120.0  # For a run to end its step and save.
 _STARTS = 4  # Attempts at a run that ends for a reason other than a user's mistake.
-_DIVERGED = "error: Training diverged"  # How the trainer's message begins.
 _IN_USE = "is in use by a run"  # In the trainer's message.
 _PR_SET_PDEATHSIG = 1  # From <sys/prctl.h>.
 
@@ -164,8 +163,8 @@ class Scheduler:
     run, status = ended.run, ended.process.returncode
     work_dir = self._runs_dir / run.name
     log = run_files.log_path(work_dir)
-    message = "" if status == 0 else run_files.last_message(log, ended.log_size)
-    divergence = message if status == 1 and message.startswith(_DIVERGED) else None
+    message = "" if status == 0 else trainer_log.last_message(log, ended.log_size)
+    divergence = message if status == 1 and message.startswith(trainer_log.DIVERGED) else None
     if status and not divergence:
       # A run of a study that was killed holds its work directory until it has saved.
       held = _IN_USE in message
