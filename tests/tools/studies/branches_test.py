@@ -22,7 +22,8 @@ _STEPS = 4  # Of 2 · 7 images in an epoch of 60.
 def parent(tmp_path_factory):
   work_dir = tmp_path_factory.mktemp("parent") / "run"
   flags = ("--workers=2", "--epochs=3", "--workers_per_pass=2", f"--work_dir={work_dir}")
-  done = run_module("tf_largebatch.train", *SMALL, *flags)
+  # The third epoch has a record of one step and one of three.
+  done = run_module("tf_largebatch.train", *SMALL, "--log_every_steps=3", *flags)
   assert done.returncode == 0, done.stderr
   return work_dir
 
@@ -32,20 +33,20 @@ def _checkpoint(work_dir, step=2 * _STEPS):
 
 
 def test_branches_from_the_second_epoch(parent, tmp_path, monkeypatch, capsys):
-  values = {"from_checkpoint": _checkpoint(parent), "workers": ["4"], "epochs": 1}
+  values = {"from_checkpoint": _checkpoint(parent), "workers": ["8"], "epochs": 1}
   values |= {"tolerance": 1e9, "output_dir": str(tmp_path)}
   flags = types.SimpleNamespace(FLAGS=types.SimpleNamespace(**values))
   monkeypatch.setattr(critical_batch, "flags", flags)
   monkeypatch.setattr(harness, "exit_on_sigterm", lambda: None)  # Pytest's own handler stays.
   critical_batch.main([])
   printed = capsys.readouterr().out
-  assert "The loss comes back up to kn = 28" in printed
+  assert "The loss comes back up to kn = 56" in printed
   found = json.loads((tmp_path / "branches.json").read_text())
-  assert (found["epoch"], found["largest_kn"]) == (2, 28)
-  own, double = found["branches"]
-  assert [(each["workers"], each["kn"], each["steps"]) for each in (own, double)] == [
+  assert (found["epoch"], found["largest_kn"]) == (2, 56)
+  own, larger = found["branches"]
+  assert [(each["workers"], each["kn"], each["steps"]) for each in (own, larger)] == [
     (2, 14, 4),
-    (4, 28, 2),
+    (8, 56, 1),
   ]
   # The branch with the parent's k ends with the parent's bytes.
   expected = json.loads((parent / "result.json").read_text())
@@ -53,22 +54,23 @@ def test_branches_from_the_second_epoch(parent, tmp_path, monkeypatch, capsys):
   assert result["weights_sha256"] == expected["weights_sha256"]
   assert own["validation_error"] == expected["val_error"]
   last = [r for r in read_metrics(str(parent)) if r["kind"] == "train" and r["epoch"] > 2]
-  assert own["loss"] == pytest.approx(math.fsum(r["loss"] for r in last) / _STEPS, rel=1e-12)
-  first, second, _ = read_metrics(str(tmp_path / "k4"))
-  assert (first["kind"], first["step"], second["step"]) == ("train", 5, 6)
-  assert double["loss"] == pytest.approx((first["loss"] + second["loss"]) / 2, rel=1e-12)
+  assert [record["step"] for record in last] == [9, 12]
+  expected = (last[0]["loss"] + 3 * last[1]["loss"]) / _STEPS
+  assert own["loss"] == pytest.approx(expected, rel=1e-12)
+  record, _ = read_metrics(str(tmp_path / "k8"))
+  assert (record["kind"], record["step"], record["loss"]) == ("train", 3, larger["loss"])
   # The rate and, by the momentum correction, the buffer grow with k.
-  assert first["learning_rate"] == pytest.approx(2 * last[0]["learning_rate"], rel=1e-6)
-  assert first["momentum_correction_factor"] == pytest.approx(2, rel=1e-6)
+  assert record["learning_rate"] == pytest.approx(4 * last[0]["learning_rate"], rel=1e-6)
+  assert record["momentum_correction_factor"] == pytest.approx(4, rel=1e-6)
   assert (tmp_path / "branches.png").read_bytes().startswith(b"\x89PNG")
 
-  before = [(tmp_path / f"k{k}.log").stat().st_mtime_ns for k in (2, 4)]
+  before = [(tmp_path / f"k{k}.log").stat().st_mtime_ns for k in (2, 8)]
   critical_batch.main([])
   assert capsys.readouterr().out == printed
-  assert [(tmp_path / f"k{k}.log").stat().st_mtime_ns for k in (2, 4)] == before
-  with pytest.raises(UserError, match="k4 holds a run of another recipe"):
+  assert [(tmp_path / f"k{k}.log").stat().st_mtime_ns for k in (2, 8)] == before
+  with pytest.raises(UserError, match="k8 holds a run of another recipe"):
     read = branches.read_parent(_checkpoint(parent))
-    branches.begin(read, branches.branch_recipe(read, 4, 2), str(tmp_path / "k4"))
+    branches.begin(read, branches.branch_recipe(read, 8, 2), str(tmp_path / "k8"))
 
 
 def test_a_branch_begins_with_the_parents_weights_and_momentum(parent, tmp_path):
