@@ -139,6 +139,10 @@ def test_report_and_pictures(tmp_path):
   assert "Up to kn = 512, 32 times the baseline's minibatch, every run ends within 0.04" in report
   assert "From kn = 1024 on it is worse (5 of 5 at kn = 1024, 5 of 5 at kn = 2048 failed)" in report
   assert "What mends kn = 1024: taking as many steps as kn = 128." in report
+  medians = (
+    "The median error of kn = 1024 is 15.00 %; it is 10.00 % with the steps of kn = 128, and"
+  )
+  assert f"{medians} that of the baseline is 10.00 %." in report
   for name in ("report.md", "report/d1.png", "report/why.png"):
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     if name.endswith(".png"):

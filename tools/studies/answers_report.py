@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
+import statistics
 
 from tools.studies import answers, answers_c, answers_n
 from tools.studies.answers import BASELINE, SWEEP, Answer, Runs
 from tools.studies.bn_results import KINDS
 from tools.studies.curves import format_points
 from tools.studies.report import bold, describe_cost, tabulate
-from tools.studies.verdicts import NOT_REPRODUCED, PENDING, REPRODUCED
+from tools.studies.verdicts import NOT_DECIDABLE, NOT_REPRODUCED, PENDING, REPRODUCED
 
 _MENDS = {
   "why.2": "taking as many steps as kn = 128",
@@ -48,6 +49,15 @@ _C_FORECAST = (
 )
 
 
+_NOT_RUN = """## What was not run
+
+- Which recipe goes furthest without loss: a longer warmup, polynomial decay, LARS, or a kn that
+  grows instead of a rate that decays.
+- The momentum correction where the rate changes suddenly, or with a momentum of 0.95 and 0.98.
+- He et al.'s error on CIFAR-10 with five seeds.
+- Any of this on a larger network or data set."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
   """All that the report shows: results, and what was decided from them."""
@@ -85,6 +95,7 @@ def to_markdown(found: Found, pictures: dict[str, str]) -> str:
     _WHY_AGAINST,
     *_about_n(found, pictures),
     *_about_links(found, pictures),
+    _NOT_RUN,
   ]
   return "\n\n".join(blocks) + "\n"
 
@@ -165,7 +176,18 @@ def _share_above(ratios: list[float]) -> str:
 def _answer_why(runs: Runs, decided: list[Answer]) -> str:
   """The answer in a few sentences, or what is known so far."""
   verdicts = {answer.key: answer.verdict for answer in decided}
-  parts = []
+  parts = _medians(runs)
+  for start, wanted in (
+    ("What mends", REPRODUCED),
+    ("What does not mend", NOT_REPRODUCED),
+    ("No test decides about", NOT_DECIDABLE),
+  ):
+    found = [words for key, words in _MENDS.items() if verdicts[key] == wanted]
+    if found:
+      parts.append(f"{start} kn = 1024: {', '.join(found)}.")
+  pending = [words for key, words in _MENDS.items() if PENDING in verdicts[key]]
+  if pending:
+    parts.append(f"Not tried on all seeds yet: {', '.join(pending)}.")
   if PENDING not in verdicts["why.7"]:
     small, large = (_share_above(ratios) for _, ratios in sorted(answers.over_bound(runs).items()))
     parts.append(
@@ -176,11 +198,30 @@ def _answer_why(runs: Runs, decided: list[Answer]) -> str:
     parts.append("The noise scale late in training does not tell where the break is.")
   elif verdicts["why.1"] == REPRODUCED:
     parts.append("The break lies where the noise scale late in training says.")
-  for start, wanted in (("What mends", REPRODUCED), ("What does not mend", NOT_REPRODUCED)):
-    found = [words for key, words in _MENDS.items() if verdicts[key] == wanted]
-    if found:
-      parts.append(f"{start} kn = 1024: {', '.join(found)}.")
-  pending = [words for key, words in _MENDS.items() if PENDING in verdicts[key]]
-  if pending:
-    parts.append(f"Not tried on all seeds yet: {', '.join(pending)}.")
-  return " ".join(parts) or "No test could decide why kn = 1024 is worse."
+  return " ".join(parts)
+
+
+def _medians(runs: Runs) -> list[str]:
+  """A sentence that compares the medians of what was tried at kn = 1024, where all seeds ran."""
+  tried = {
+    "with the best rate": runs.best(answers.RATES),
+    "with the steps of kn = 128": answers.SAME_STEPS,
+    "with both": runs.best(answers.STEPS_RATES),
+    "with the better of the longer warmups": runs.best(answers.WARMUPS),
+    "without momentum": answers.NO_MOMENTUM[1024],
+  }
+  found = [
+    f"{_median(runs, stem)} % {how}"
+    for how, stem in tried.items()
+    if stem and not runs.missing([stem])
+  ]
+  if not found or runs.missing([BASELINE, SWEEP[1024]]):
+    return []
+  return [
+    f"The median error of kn = 1024 is {_median(runs, SWEEP[1024])} %; it is {', '.join(found)}, "
+    f"and that of the baseline is {_median(runs, BASELINE)} %."
+  ]
+
+
+def _median(runs: Runs, stem: str) -> str:
+  return format_points(statistics.median(runs.errors(stem)))
