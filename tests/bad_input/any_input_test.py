@@ -125,6 +125,26 @@ def test_any_tf_config_is_a_cluster_or_refused(text):
     assert all(task.isascii() and task.isprintable() for task in cluster.tasks)
 
 
+_LAUNCHERS_VARIABLES = (
+  *("TF_LARGEBATCH_HOSTS", "TF_LARGEBATCH_PORT", "TF_LARGEBATCH_JOBSET", "TF_LARGEBATCH_NODES"),
+  *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+  *("SKYPILOT_NODE_IPS", "SKYPILOT_NODE_RANK", "SM_HOSTS", "SM_CURRENT_HOST"),
+  "JOB_COMPLETION_INDEX",
+)
+_LAUNCHERS_VALUES = st.sampled_from(
+  ["0", "1", "2", "-1", "a", "a,b", "a,a", "b", "::1,b", "a\nb", '["a", "b"]', '["a", 1]', "[]", ""]
+) | st.text(max_size=8)
+
+
+@few(400)
+@hypothesis.given(st.dictionaries(st.sampled_from(_LAUNCHERS_VARIABLES), _LAUNCHERS_VALUES))
+def test_any_launchers_variables_are_a_cluster_or_refused(environ):
+  cluster = one_line(read_cluster, environ)
+  if cluster is not None:
+    assert 0 <= cluster.task_index < cluster.num_tasks and len(cluster.tasks) != 1
+    assert len(set(cluster.tasks)) == len(cluster.tasks)
+
+
 _NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, 2**31, 2**63, -(10**20), 1e308])
 
 

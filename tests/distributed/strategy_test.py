@@ -170,5 +170,8 @@ def test_two_tasks_all_reduce_over_ring_and_exit_cleanly(monkeypatch, host):
       "devices_per_task": ["CPU:0"],
     }
     assert stdout[2:] == ["SIGTERM reached its handler"]
-    assert f"Task {rank} of 2 ({addresses[rank]}) waits for {addresses[1 - rank]}." in stderr
+    assert (
+      f"Task {rank} of 2 ({addresses[rank]}, by TF_CONFIG) waits for {addresses[1 - rank]}."
+      in stderr
+    )
     assert "communication = CommunicationImplementation.RING" in stderr

@@ -1,8 +1,9 @@
-"""`TF_CONFIG` from Slurm's environment, and `train.sbatch` on a real Slurm if it is installed."""
+"""The cluster from Slurm's environment, and `train.sbatch` on a real Slurm if it is installed."""
 
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 
@@ -10,11 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.launching import SMALL, run_module
+from tests.launching import ROOT, SMALL, run_module
 from tests.tools.slurm_daemons import MISSING, NODES, Slurm
-from tf_largebatch.distributed.cluster import read_cluster
+from tf_largebatch.distributed.cluster import Cluster, read_cluster
 from tf_largebatch.errors import UserError
-from tools.slurm import task
 
 # Runs all tests in one process of pytest-xdist: their common Slurm takes long to start.
 pytestmark = pytest.mark.xdist_group("slurm")
@@ -59,23 +59,23 @@ def scontrol(tmp_path_factory):
     yield
 
 
-def _cluster(environ, **arguments):
-  return read_cluster({"TF_CONFIG": task.tf_config(environ, **arguments)})
-
-
 def test_a_cluster_of_seven_tasks_on_four_nodes(scontrol):
   environ = _environ([2, 2, 2, 1], 3, SLURM_STEP_TASKS_PER_NODE="2(x3),1")
-  cluster = _cluster(environ)
+  cluster = read_cluster(environ)
   assert cluster.task_index == 3
   # Job 42, step 0: 10000 + 16 · 42.
   expected = ["n0:10672", "n0:10673", "n1:10672", "n1:10673", "n2:10672", "n2:10673", "n3:10672"]
   assert list(cluster.tasks) == expected
-  assert _cluster(environ, port=2222).tasks[:3] == ("n0:2222", "n0:2223", "n1:2222")
+  assert read_cluster(environ | {"TF_LARGEBATCH_PORT": "2222"}).tasks[:3] == (
+    "n0:2222",
+    "n0:2223",
+    "n1:2222",
+  )
 
 
 @given(st.lists(st.integers(1, 3), min_size=2, max_size=4))
 def test_every_task_makes_the_same_cluster_and_finds_itself(scontrol, counts):
-  clusters = [_cluster(_environ(counts, rank)) for rank in range(sum(counts))]
+  clusters = [read_cluster(_environ(counts, rank)) for rank in range(sum(counts))]
   assert {cluster.tasks for cluster in clusters} == {clusters[0].tasks}
   for rank, cluster in enumerate(clusters):
     assert cluster.task_index == rank
@@ -85,7 +85,7 @@ def test_every_task_makes_the_same_cluster_and_finds_itself(scontrol, counts):
 
 def _ports(job, step):
   environ = _environ([16], 0, SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step))
-  return {int(address.partition(":")[2]) for address in _cluster(environ).tasks}
+  return {int(address.partition(":")[2]) for address in read_cluster(environ).tasks}
 
 
 def test_concurrent_jobs_and_steps_have_different_ports(scontrol):
@@ -96,13 +96,13 @@ def test_concurrent_jobs_and_steps_have_different_ports(scontrol):
 
 def test_the_only_task_needs_no_cluster_and_no_scontrol(monkeypatch):
   monkeypatch.setenv("PATH", "")
-  assert task.tf_config(_environ([1], 0)) is None
+  assert read_cluster(_environ([1], 0)) == Cluster()
 
 
 @pytest.mark.parametrize(
   "counts, rank, changes, message",
   [
-    ([2], 0, {"SLURM_PROCID": ""}, "SLURM_PROCID is not set: .* srun"),
+    ([2], 0, {"SLURM_PROCID": ""}, "SLURM_PROCID is not set, .* srun"),
     ([2], 0, {"SLURM_JOB_ID": "x"}, "SLURM_JOB_ID=x: expected a number"),
     ([2], 0, {"SLURM_STEP_TASKS_PER_NODE": "2(x"}, r"PER_NODE=2\(x: expected the form"),
     ([2], 0, {"SLURM_STEP_NUM_TASKS": "4"}, "has 2 tasks, but .*=4: .* heterogeneous"),
@@ -116,25 +116,24 @@ def test_the_only_task_needs_no_cluster_and_no_scontrol(monkeypatch):
 )
 def test_an_environment_that_does_not_fit_is_refused(scontrol, counts, rank, changes, message):
   with pytest.raises(UserError, match=message):
-    task.tf_config(_environ(counts, rank, **changes))
+    read_cluster(_environ(counts, rank, **changes))
 
 
-def _start_task(environ, *arguments):
-  return run_module("tools.slurm.task", *arguments, env={"PATH": os.environ["PATH"], **environ})
-
-
-@pytest.mark.parametrize("environ", [{}, {**_environ([2], 0), "PATH": ""}], ids=["none", "no PATH"])
-def test_an_error_is_one_line(environ):
-  finished = _start_task(environ)
+def test_an_error_of_the_trainer_is_one_line(tmp_path):
+  environ = {**_environ([2], 0), "PATH": ""}
+  finished = run_module("tf_largebatch.train", f"--work_dir={tmp_path / 'run'}", env=environ)
   assert (finished.returncode, finished.stdout) == (1, "")
-  assert re.fullmatch(r"error: .*\n", finished.stderr)
+  assert re.fullmatch(r"error: cannot run scontrol .*\n", finished.stderr)
 
 
-def test_the_trainer_gets_its_flags_and_no_inherited_cluster(scontrol):
-  environ = {**_environ([1], 0), "TF_CONFIG": "of another run"}
-  finished = _start_task(environ, "--", "--epochs=-3")
-  assert finished.returncode == 1
-  assert re.search(r"^error: .*epochs.*-3", finished.stderr, re.MULTILINE), finished.stderr
+def test_the_job_starts_the_trainer_without_an_inherited_cluster(tmp_path):
+  (tmp_path / "srun").write_text('#!/bin/sh\necho "$@ ${TF_CONFIG-unset}"\n')
+  (tmp_path / "srun").chmod(0o755)
+  environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TF_CONFIG": "another run's"}
+  with open(tmp_path / "log", "w") as log:
+    command = ["bash", ROOT / "tools/slurm/train.sbatch", "--work_dir=run"]
+    done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=log, check=True)
+  assert done.stdout.decode().endswith(" python -m tf_largebatch.train --work_dir=run unset\n")
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +166,7 @@ def test_a_job_of_two_tasks_is_preempted_and_completes(slurm, tmp_path):
   cluster = json.loads((run / "recipe.json").read_text())["cluster"]
   assert (cluster["tasks"], cluster["communication"]) == (2, "ring")
   assert set(re.findall(r"weights_sha256 (\w{64})", output)) == {result["weights_sha256"]}
-  places = re.findall(r"Task ([01]) of 2 \(127\.0\.0\.[12]:\d+\) waits", output)
+  places = re.findall(r"Task ([01]) of 2 \(127\.0\.0\.[12]:\d+, by Slurm\) waits", output)
   assert sorted(places) == ["0", "0", "1", "1"]
 
 
@@ -184,15 +183,13 @@ def submit_stand_in(slurm, tmp_path):
 
 
 def test_tasks_find_themselves_on_two_nodes(slurm, submit_stand_in, tmp_path):
-  program = "import os; from tools.slurm import task; print(task.tf_config(os.environ))"
+  program = "from tf_largebatch import read_cluster as r; print(r().tasks, r().task_index)"
   job = submit_stand_in(f"exec '{sys.executable}' -c '{program}'", "--ntasks-per-node=2")
   slurm.wait(job)
   lines = (tmp_path / "log").read_text().splitlines()
-  clusters = [read_cluster({"TF_CONFIG": line}) for line in lines]
-  assert sorted(cluster.task_index for cluster in clusters) == [0, 1, 2, 3]
   first = 10000 + 16 * int(job)
   expected = tuple(f"{node}:{first + local}" for node in NODES for local in range(2))
-  assert {cluster.tasks for cluster in clusters} == {expected}
+  assert sorted(lines) == [f"{expected} {rank}" for rank in range(4)]
 
 
 _WAIT_FOR_SIGTERM = "trap 'exit 143' TERM; echo ready; for _ in {1..300}; do sleep 0.1; done"

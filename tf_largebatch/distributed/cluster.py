@@ -1,4 +1,4 @@
-"""The cluster that `TF_CONFIG` describes, validated without importing TensorFlow.
+"""The cluster that `TF_CONFIG` or a launcher describes, validated without importing TensorFlow.
 
 A task is a process named in `TF_CONFIG`; its jobs "chief" and "worker" have nothing to do with the
 paper's workers. TensorFlow meets most mistakes in `TF_CONFIG` by waiting for an hour, so they are
@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from tf_largebatch.distributed import launchers
 from tf_largebatch.errors import UserError
 
 # A host name or IPv4 address of labels, or an IPv6 address in brackets; a port.
@@ -29,12 +30,14 @@ class Cluster:
   """The tasks that train together, and which of them this process is.
 
   Attributes:
-    tasks: `host:port` of every task in rank order, the chief first; () without `TF_CONFIG`.
-    task_index: this task's rank in `tasks`; 0 without `TF_CONFIG`.
+    tasks: `host:port` of every task in rank order, the chief first; () for a single task.
+    task_index: this task's rank in `tasks`; 0 for a single task.
+    launcher: that described the tasks, for messages.
   """
 
   tasks: tuple[str, ...] = ()
   task_index: int = 0
+  launcher: str = dataclasses.field(default="TF_CONFIG", compare=False)
 
   @property
   def num_tasks(self) -> int:
@@ -46,17 +49,33 @@ class Cluster:
 
 
 def read_cluster(environ: Mapping[str, str] = os.environ) -> Cluster:
-  """Returns the cluster that `TF_CONFIG` describes, or a single task if it is not set.
+  """Returns the cluster that `TF_CONFIG` describes, else a launcher's, else a single task.
 
-  A cluster has a "chief" and any number of "worker" tasks, or "worker" tasks only; the first of
-  those is then the chief, as in TensorFlow.
+  `launchers` lists the launchers and their variables. In `TF_CONFIG`, a cluster has a "chief" and
+  any number of "worker" tasks, or "worker" tasks only; the first of those is then the chief, as in
+  TensorFlow.
 
   Raises:
-    UserError: `TF_CONFIG` is set but does not describe such a cluster.
+    UserError: `TF_CONFIG` is set but does not describe such a cluster, or a launcher's variables
+      are incomplete or do not fit together.
   """
-  if "TF_CONFIG" not in environ:
+  if "TF_CONFIG" in environ:
+    return _from_tf_config(environ["TF_CONFIG"])
+  found = launchers.find_tasks(environ)
+  if found is None:
     return Cluster()
-  config = _parse(environ["TF_CONFIG"])
+  launcher, addresses, rank = found
+  invalid = [address for address in addresses if not _is_address(address)]
+  if invalid:
+    raise UserError(
+      f"{launcher} names the task {invalid[0]!r}, which is not a host name or IP address with a "
+      "port in 1..65535; name another."
+    )
+  return Cluster(tuple(addresses), rank, launcher)
+
+
+def _from_tf_config(text: str) -> Cluster:
+  config = _parse(text)
   jobs = config["cluster"]
   if not jobs or not set(jobs) <= {"chief", "worker"}:
     raise _error("cluster with no or unknown jobs", jobs, 'a "worker" job, a "chief" job or both')

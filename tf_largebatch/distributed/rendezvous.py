@@ -66,7 +66,7 @@ def wait_for_all(cluster: Cluster, timeout_minutes: float) -> None:
         elif now - last_without_stranger[task] >= min(_STRANGER_SECONDS, 60 * timeout_minutes):
           raise UserError(
             f"{reason} answers instead of {_name(cluster, task)}; end it or give the task another "
-            "address in TF_CONFIG, the same on all tasks"
+            f"address or port ({cluster.launcher}), the same on all tasks"
           )
       if now - began > 60 * timeout_minutes:
         names = ", ".join(_name(cluster, task) for task in reasons)
@@ -147,7 +147,7 @@ def listening(cluster: Cluster) -> Iterator[None]:
   except OSError as error:
     raise UserError(
       f"cannot listen on this task's address {address} ({os.strerror(error.errno)}): end the"
-      " process that uses the port or give the task another one in TF_CONFIG"
+      f" process that uses the port or give the task another one ({cluster.launcher})"
     ) from error
   greeting = _greeting(cluster.task_index, cluster.num_tasks)
   with listener, threads.running(_greet, listener, greeting):

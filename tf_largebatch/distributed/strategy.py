@@ -54,10 +54,11 @@ def _make_multi_task_strategy(
 ) -> tf.distribute.MultiWorkerMirroredStrategy:
   address = cluster.tasks[cluster.task_index]
   logging.info(
-    "Task %d of %d (%s) waits for %s.",
+    "Task %d of %d (%s, by %s) waits for %s.",
     cluster.task_index,
     cluster.num_tasks,
     address,
+    cluster.launcher,
     ", ".join(task for task in cluster.tasks if task != address),
   )
   rendezvous.bypass_proxies(cluster)

@@ -1,51 +1,28 @@
-"""Sets `TF_CONFIG` for one task of a Slurm step and runs the trainer in its place.
-
-  srun --distribution=block python -m tools.slurm.task -- --flagfile=flags/… --work_dir=…
-
-`train.sbatch` in this directory is a complete job. The trainer gets the arguments after `--` and
-replaces this process (exec), so that it receives Slurm's signals directly.
+"""The tasks of a Slurm step, from the variables that `srun` sets.
 
 The port of each node's first task is derived from the job and the step, so that jobs on one node do
 not collide; the node's other tasks use the ports after it. Ports are 10000 to 29999, below Linux's
-range for outgoing connections; `--port` sets another. Each node's name in Slurm must also be its
-host name, as is usual.
+range for outgoing connections. Each node's name in Slurm must also be its host name, as is usual.
 """
 
-import json
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Mapping
 
-from absl import flags
-
 from tf_largebatch.errors import UserError
-from tools import program
 
 _FIRST_PORT, _PORTS_OF_A_STEP, _STEPS = 10000, 16, 1250
 
 
-def define_flags():
-  flags.DEFINE_integer(
-    "port",
-    None,
-    "Port of each node's first task; the node's other tasks use the ports after it. Derived from "
-    "the job and the step if not given.",
-    lower_bound=1,
-    upper_bound=65535,
-  )
-
-
-def tf_config(environ: Mapping[str, str], port: int | None = None) -> str | None:
-  """Returns `TF_CONFIG` for the task of a Slurm step that has this environment.
+def find_tasks(environ: Mapping[str, str], port: int | None = None) -> tuple[list[str], int]:
+  """Returns the addresses of the tasks of a Slurm step in rank order, and the rank of this one.
 
   Args:
     environ: the variables that Slurm sets for each task.
     port: of each node's first task; None to derive it from the job and the step.
 
   Returns:
-    JSON, or None for the only task of its step, which needs no `TF_CONFIG`.
+    `([], 0)` for the only task of its step.
 
   Raises:
     UserError: this is not a task of a Slurm step, its node is not the one that block
@@ -60,7 +37,7 @@ def tf_config(environ: Mapping[str, str], port: int | None = None) -> str | None
       "one component"
     )
   if num_tasks == 1:
-    return None
+    return [], 0
   hosts = _hosts(_variable(environ, "SLURM_STEP_NODELIST"))
   if len(hosts) != len(tasks_per_node):
     raise UserError(
@@ -84,13 +61,12 @@ def tf_config(environ: Mapping[str, str], port: int | None = None) -> str | None
     # Steps of one job may run at the same time; 617 separates them from the next jobs' ports.
     step = _number(environ, "SLURM_JOB_ID") + 617 * _number(environ, "SLURM_STEP_ID")
     port = _FIRST_PORT + _PORTS_OF_A_STEP * (step % _STEPS)
-  addresses = [f"{hosts[node]}:{port + local}" for node, local in places]
-  return json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})
+  return [f"{hosts[node]}:{port + local}" for node, local in places], rank
 
 
 def _variable(environ: Mapping[str, str], name: str) -> str:
   if not environ.get(name):
-    raise UserError(f"{name} is not set: this program runs in a Slurm step; start it with srun")
+    raise UserError(f"{name} is not set, as it is in a Slurm step; start the tasks with srun")
   return environ[name]
 
 
@@ -125,22 +101,3 @@ def _hosts(nodes: str) -> list[str]:
     reason = " ".join(found.stderr.split()) or f"status {found.returncode}, no names"
     raise UserError(f"{' '.join(command)}: {reason}")
   return found.stdout.split()
-
-
-def main(arguments: list[str]):
-  config = tf_config(os.environ, flags.FLAGS.port)
-  # One inherited from where the job was submitted belongs to another run.
-  os.environ.pop("TF_CONFIG", None)
-  if config:
-    os.environ["TF_CONFIG"] = config
-  sys.stdout.flush()
-  os.execv(sys.executable, [sys.executable, "-m", "tf_largebatch.train", *arguments])
-
-
-if __name__ == "__main__":
-  program.run(
-    main,
-    define_flags,
-    takes_arguments=True,
-    unknown_flag_hint="; flags of the trainer go after `--`.",
-  )
