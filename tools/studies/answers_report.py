@@ -178,13 +178,13 @@ def _answer_why(runs: Runs, decided: list[Answer]) -> str:
   verdicts = {answer.key: answer.verdict for answer in decided}
   parts = _medians(runs)
   for start, wanted in (
-    ("What mends", REPRODUCED),
-    ("What does not mend", NOT_REPRODUCED),
-    ("No test decides about", NOT_DECIDABLE),
+    ("What mends kn = 1024", REPRODUCED),
+    ("What does not mend it", NOT_REPRODUCED),
+    ("What cannot be decided at this scale", NOT_DECIDABLE),
   ):
     found = [words for key, words in _MENDS.items() if verdicts[key] == wanted]
     if found:
-      parts.append(f"{start} kn = 1024: {', '.join(found)}.")
+      parts.append(f"{start}: {', '.join(found)}.")
   pending = [words for key, words in _MENDS.items() if PENDING in verdicts[key]]
   if pending:
     parts.append(f"Not tried on all seeds yet: {', '.join(pending)}.")
