@@ -196,10 +196,13 @@ def test_a_cut_is_silent():
   assert len(made) == 2 and not made & _namespaces()
 
 
-@pytest.mark.parametrize("fault, victim", [("kill", 0), ("cut", 1)])
-def test_a_real_trial(fault, victim):
-  if fault == "cut":
-    _enter_network()[0].__exit__(None, None, None)
+def test_a_real_trial():
+  fault, victim = "cut", 1
+  try:
+    with isolated_network(1):
+      pass
+  except UserError:
+    fault, victim = "kill", 0  # Namespaces cannot be created here.
   trial = time_lost_task.time_trial(fault, victim, first_step=3)
   assert trial.problems == []
   assert [survivor.rank for survivor in trial.survivors] == ([0, 1] if fault == "cut" else [1])

@@ -15,6 +15,9 @@ from tools import critical_batch
 from tools.benchmark import harness
 from tools.studies import branches
 
+# In one process of pytest-xdist, because the run that they share takes seconds.
+pytestmark = pytest.mark.xdist_group("branches")
+
 _STEPS = 4  # Of 2 · 7 images in an epoch of 60.
 
 
