@@ -98,6 +98,10 @@ class Runs:
     failed = self.failed(stem) if not self.missing([BASELINE]) else 0
     return f"{text} ({failed} of {len(errors)} failed)" if failed else text
 
+  def describe_all(self, stems) -> str:
+    """A line for each of the groups that has runs."""
+    return "<br>".join(self.describe(stem) for stem in stems if self.errors(stem))
+
 
 def combine(verdicts: list[str]) -> str:
   """The verdict of a claim that needs each of its tests."""
@@ -146,7 +150,7 @@ def _decide_flat(runs: Runs) -> Answer:
     verdict = combine([rank_tests.equal(*pair) for pair in pairs.values()])
     p = ", ".join(f"{rank_tests.p_equal(*pair):.3f}" for pair in pairs.values())
     test = f"{test}: p = {p}"
-  seen = "<br>".join(runs.describe(stem) for stem in present if runs.errors(stem))
+  seen = runs.describe_all(present)
   return Answer("d1.1", "the error is flat from kn = 32 to 512", seen, test, verdict)
 
 
@@ -159,7 +163,7 @@ def _decide_pair(runs: Runs, key: str, claim: str, kind: str, stem: str, other=B
     pair = runs.errors(stem), runs.errors(other)
     verdict = getattr(rank_tests, kind)(*pair)
     test += f": p = {getattr(rank_tests, f'p_{kind}')(*pair):.3f}"
-  seen = "<br>".join(runs.describe(each) for each in (stem, other) if runs.errors(each))
+  seen = runs.describe_all([stem, other])
   return Answer(key, claim, seen, test, verdict)
 
 

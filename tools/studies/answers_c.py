@@ -34,7 +34,7 @@ def read(path: str) -> list[dict]:
   """Reads the settings of `tools.benchmark.slow_links` that have turns, and judges them.
 
   Returns:
-    the settings, [] if there is no file.
+    the settings; an empty list if the file does not exist.
 
   Raises:
     UserError: the file is damaged.

@@ -117,8 +117,7 @@ def _decide_fixed_k(runs: Runs) -> Answer:
       p += [rank_tests.p_equal(*pairs[0]), rank_tests.p_worse(*pairs[1])]
     verdict = combine(verdicts)
     test += f": p = {', '.join(f'{each:.3f}' for each in p)}"
-  seen = "<br>".join(runs.describe(group) for group in groups if runs.errors(group))
-  return Answer("n.3", claim, seen, test, verdict)
+  return Answer("n.3", claim, runs.describe_all(groups), test, verdict)
 
 
 def rows(runs: Runs, found: Statistics) -> list[list[str]]:

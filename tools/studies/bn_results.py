@@ -8,7 +8,7 @@ KINDS = ("running", "recomputed", "minibatch")
 
 
 def read(path: str, wanted: str) -> dict:
-  """Reads what was measured, by the name of the run; {} if there is no file.
+  """Reads what was measured, by the name of the run; empty if the file does not exist.
 
   Args:
     path: of the file.

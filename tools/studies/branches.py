@@ -136,7 +136,7 @@ def begin(parent: Parent, recipe: Recipe, work_dir: str):
   error = parent.manifest.validation_error
   try:
     store(os.path.join(work_dir, "checkpoints"), step, 0.0, arrays, error)
-    # Last: without it, the directory is no run.
+    # recipe.json comes last, because a directory that has it counts as begun.
     files.write_json(path, parent.facts | {"recipe": recipe.to_dict()})
   except files.FAILURES as failure:
     raise UserError(

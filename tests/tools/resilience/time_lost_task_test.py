@@ -1,4 +1,4 @@
-"""Tests of `time_lost_task`: what it judges, its network, and real trials of two faults."""
+"""Tests of `time_lost_task`: what it judges, its network, and a real trial."""
 
 import contextlib
 import math
@@ -196,13 +196,18 @@ def test_a_cut_is_silent():
   assert len(made) == 2 and not made & _namespaces()
 
 
-def test_a_real_trial():
-  fault, victim = "cut", 1
+def _permitted_fault():
+  """A cut, or where namespaces cannot be created a kill, which needs the processes alone."""
   try:
     with isolated_network(1):
-      pass
+      return "cut"
   except UserError:
-    fault, victim = "kill", 0  # Namespaces cannot be created here.
+    return "kill"
+
+
+def test_a_real_trial():
+  fault = _permitted_fault()
+  victim = 1 if fault == "cut" else 0
   trial = time_lost_task.time_trial(fault, victim, first_step=3)
   assert trial.problems == []
   assert [survivor.rank for survivor in trial.survivors] == ([0, 1] if fault == "cut" else [1])
@@ -213,12 +218,7 @@ def test_a_real_trial():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_leaves_nothing_behind(number):
-  faults = "cut"
-  try:
-    with isolated_network(1):
-      pass
-  except UserError:
-    faults = "kill"  # Namespaces cannot be created here; test the processes alone.
+  faults = _permitted_fault()
   tool = subprocess.Popen(
     [sys.executable, "-m", _MODULE, f"--faults={faults}"],
     cwd=ROOT,
