@@ -45,6 +45,13 @@ class RunOptions:
     "Minutes to wait for all tasks at the start; then those that are up exit with status 138.",
     at_least=0.1,
   )
+  heartbeat_timeout_seconds: float = declare(
+    10.0,
+    "Seconds that a task may be silent before the others count it as lost. On a slow network, where "
+    "gradients delay the heartbeats, give more.",
+    at_least=1,
+    below=86400,
+  )
   log_every_steps: int = declare(
     10,
     "Steps between two training records, which hold means over these steps. An epoch's end and a "

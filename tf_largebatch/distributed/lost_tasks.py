@@ -21,7 +21,7 @@ _REPORT_END = "The error could be from a previous operation"
 def report_lost_tasks(cluster: Cluster, steps_done: Callable[[], int | None]):
   """Turns the error that TensorFlow raises for a lost task into one line that names the task.
 
-  A task is lost if it ends or does not answer for about 10 s.
+  A task is lost if it ends or does not answer within the heartbeat timeout (see `make_strategy`).
 
   Args:
     cluster: the cluster that the strategy was made for.

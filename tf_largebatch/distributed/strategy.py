@@ -5,6 +5,8 @@ from typing import Any
 
 import tensorflow as tf
 from absl import logging
+from tensorflow.compiler.xla.tsl.protobuf import coordination_config_pb2
+from tensorflow.python.eager import context
 
 from tf_largebatch.distributed import rendezvous
 from tf_largebatch.distributed.cluster import Cluster
@@ -12,7 +14,10 @@ from tf_largebatch.errors import UserError
 
 
 def make_strategy(
-  cluster: Cluster, communication: str = "auto", timeout_minutes: float = 10.0
+  cluster: Cluster,
+  communication: str = "auto",
+  timeout_minutes: float = 10.0,
+  heartbeat_timeout_seconds: float = 10.0,
 ) -> tf.distribute.Strategy:
   """Returns the strategy that trains on all devices visible to this task.
 
@@ -29,6 +34,7 @@ def make_strategy(
     cluster: the return value of `read_cluster`.
     communication: "nccl", "ring" or "auto": NCCL if each replica has a whole GPU, else RING.
     timeout_minutes: how long to wait for the other tasks.
+    heartbeat_timeout_seconds: how long a task may be silent before it counts as lost.
 
   Raises:
     UserError: `communication` is unknown or does not work with these devices, this task's port is
@@ -41,6 +47,7 @@ def make_strategy(
   tf.config.experimental.enable_tensor_float_32_execution(False)
   devices = _local_devices()
   if cluster.num_tasks > 1:
+    _set_heartbeat_timeout(cluster, heartbeat_timeout_seconds)
     return _make_multi_task_strategy(cluster, devices, communication, timeout_minutes)
   if len(devices) == 1:
     return tf.distribute.get_strategy()
@@ -80,6 +87,20 @@ def _make_multi_task_strategy(
     strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
   signal.signal(signal.SIGTERM, on_sigterm)
   return strategy
+
+
+def _set_heartbeat_timeout(cluster: Cluster, seconds: float):
+  """Configures TensorFlow's coordination service as the strategy would, but for the timeout.
+
+  The strategy keeps a configuration that it finds. There is no public function for it.
+  """
+  job = coordination_config_pb2.CoordinatedJob(name="worker", num_tasks=cluster.num_tasks)
+  context.context().configure_coordination_service(
+    service_type="standalone",
+    service_leader="/job:worker/replica:0/task:0",
+    heartbeat_timeout_in_ms=round(1000 * seconds),
+    coordinated_jobs=[job],
+  )
 
 
 def describe(

@@ -149,8 +149,19 @@ def summarise(trials: list[Trial]) -> list[dict]:
   return rows
 
 
-def time_trial(fault: str, victim: int, first_step: int, num_tasks: int = 2) -> Trial:
-  """Starts the tasks, injects the fault after `first_step` steps and waits for the survivors."""
+def time_trial(
+  fault: str, victim: int, first_step: int, num_tasks: int = 2, options: tuple[str, ...] = ()
+) -> Trial:
+  """Starts the tasks, injects the fault after `first_step` steps and waits for the survivors.
+
+  Args:
+    fault: one of `LIMITS`.
+    victim: rank of the task that gets the fault.
+    first_step: steps before the fault.
+    num_tasks: how many tasks there are.
+    options: further flags of the trainer.
+  """
+  arguments = [*recipe_flags(num_tasks), *options]
   trial = Trial(fault, victim)
   with contextlib.ExitStack() as stack:
     directory = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -159,7 +170,7 @@ def time_trial(fault: str, victim: int, first_step: int, num_tasks: int = 2) -> 
     else:
       network = Network(launch_local.free_addresses(num_tasks), [[]] * num_tasks, [])
     tasks = stack.enter_context(
-      harness.trainer_tasks(network.addresses, network.prefixes, recipe_flags(num_tasks), directory)
+      harness.trainer_tasks(network.addresses, network.prefixes, arguments, directory)
     )
     problem = _wait_for_step(first_step, tasks, directory)
     if problem:

@@ -36,7 +36,10 @@ class Task:
 
     tf.get_logger().setLevel("ERROR")  # It warns of retracing, which is intended here.
     cluster = read_cluster()
-    strategy = make_strategy(cluster, "ring" if cluster.num_tasks > 1 else "auto")
+    # A large all-reduce on the slowest links delays heartbeats by more than the usual 10 s.
+    strategy = make_strategy(
+      cluster, "ring" if cluster.num_tasks > 1 else "auto", heartbeat_timeout_seconds=600.0
+    )
     # A replica that is by itself computes the same step of k workers, for one of them, and sends
     # nothing.
     (self.alone,), _ = _make_steps(tf.distribute.get_strategy(), recipe, [0])
