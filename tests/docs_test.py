@@ -32,6 +32,7 @@ RUN = {
   "tools.benchmark.input_pipeline": "tests/tools/benchmark/input_pipeline_test.py",
   "tools.benchmark.noise_scale": "tests/tools/benchmark/noise_scale_test.py",
   "tools.benchmark.slow_links": "tests/tools/benchmark/slow_links_test.py::test_a_real_run",
+  "tools.benchmark.start_up": "tests/tools/benchmark/start_up_test.py",
   "tools.benchmark.step": "tests/tools/benchmark/step_test.py",
   "tools.bn_statistics": "tests/tools/bn_statistics_test.py",
   "tools.compare_runs": "tests/tools/compare_runs_test.py",
@@ -41,6 +42,7 @@ RUN = {
   "tools.forecast": "tests/tools/forecast_test.py",
   "tools.launch_local": "tests/training/multi_task_test.py::test_the_binary_on_two_tasks",
   "tools.prepare_data": "tests/tools/prepare_data_test.py",
+  "tools.ray_train": "tests/tools/ray_train_test.py",
   "tools.replication": "tests/tools/replication_test.py",
   "tools.resilience.chaos": "tests/tools/resilience/chaos_test.py",
   "tools.resilience.time_lost_task": "tests/tools/resilience/time_lost_task_test.py",
@@ -53,17 +55,20 @@ RUN = {
 # Commands that no test runs, and why.
 NOT_RUN = {
   "make train": "fetches 140 MB and trains for minutes",
-  "kubectl": "needs a Kubernetes cluster; tests/tools/kubernetes_test.py checks the manifest",
+  "kubectl": "needs a Kubernetes cluster; tests/tools/manifests_test.py checks the manifest",
   "pip": "tests/wheel_test.py installs the wheel instead",
   "pytest": "is what runs this test; tests/tools/slurm_test.py needs a Slurm",
   "sbatch": "needs a Slurm; tests/tools/slurm_test.py runs it with SLURM_TESTS=1",
+  "sky": "needs a cloud or a cluster; tests/tools/manifests_test.py checks the manifest",
   "tensorboard": "serves pages until it is stopped",
   "tools/benchmark/measure_on_gpu.sh": "needs a GPU",
   "tools.side_by_side.keras_issue_20585": "shows an error of Keras, not of ours",
 }
 
 
-_COMMAND = r"([A-Z_]+=\S+ |TF_CONFIG='.*?' +)*(python -m|make|tools/|sbatch|kubectl|tensorboard)\b"
+_COMMAND = (
+  r"([A-Z_]+=\S+ |TF_CONFIG='.*?' +)*(python -m|make|tools/|sbatch|kubectl|sky|tensorboard)\b"
+)
 
 
 def code_lines(text):

@@ -47,8 +47,8 @@ class RunOptions:
   )
   heartbeat_timeout_seconds: float = declare(
     10.0,
-    "Seconds that a task may be silent before the others count it as lost. On a slow network, where "
-    "gradients delay the heartbeats, give more.",
+    "Seconds that a task may be silent before the others count it as lost. On a slow network, "
+    "where gradients delay the heartbeats, give more.",
     at_least=1,
     below=86400,
   )

@@ -107,12 +107,25 @@ def _train(argv: list[str], stop: StopRequest) -> int:
   return 0
 
 
+@contextlib.contextmanager
+def _without_matplotlib():
+  """Lets Keras do without Matplotlib, which it would import for two functions that draw."""
+  if "matplotlib" in sys.modules:
+    yield
+    return
+  sys.modules["matplotlib"] = None  # Importing it raises ImportError, which Keras expects.
+  try:
+    yield
+  finally:
+    del sys.modules["matplotlib"]
+
+
 def _import_trainer():
   """Imports late: TensorFlow takes seconds, and a user's mistake should not wait for it."""
   has_gpu = os.path.exists("/dev/nvidiactl")
   noise = _NOISE if has_gpu else _NOISE + _NO_GPU_NOISE
-  quiet = standard_streams.without_lines(noise)
-  with contextlib.nullcontext() if flags.FLAGS["verbosity"].present else quiet:
+  loud, quiet = contextlib.nullcontext(), standard_streams.without_lines(noise)
+  with _without_matplotlib(), loud if flags.FLAGS["verbosity"].present else quiet:
     import tensorflow as tf
 
     from tf_largebatch.training.trainer import train_and_evaluate

@@ -67,11 +67,12 @@ def free_addresses(count: int) -> list[str]:
 
 def task_environment(addresses: list[str], index: int) -> dict[str, str]:
   """Returns the environment of task `index` of a cluster of workers, with its share of cores."""
-  threads = str(max(1, len(os.sched_getaffinity(0)) // len(addresses)))
+  threads = max(1, len(os.sched_getaffinity(0)) // len(addresses))
   return {
-    "TF_NUM_INTRAOP_THREADS": threads,
-    "TF_NUM_INTEROP_THREADS": threads,
-    "OMP_NUM_THREADS": threads,
+    "TF_NUM_INTRAOP_THREADS": str(threads),
+    # With one, the all-reduce would wait until backprop has ended.
+    "TF_NUM_INTEROP_THREADS": str(max(2, threads)),
+    "OMP_NUM_THREADS": str(threads),
     **os.environ,
     "PYTHONUNBUFFERED": "1",
     "TF_CONFIG": json.dumps(

@@ -102,8 +102,8 @@ print(json.dumps([sys.argv[1:], *(os.environ[name] for name in names)]))
     clusters[int(rank)] = read_cluster({"TF_CONFIG": tf_config})
     assert set(json.loads(tf_config)["cluster"]) == {"worker"}
     assert arguments == ["--a=1", "--b", "c d"]
-    cores = len(os.sched_getaffinity(0))
-    assert (intra, inter, openmp) == ("7", str(max(1, cores // 3)), str(max(1, cores // 3)))
+    share = len(os.sched_getaffinity(0)) // 3
+    assert (intra, inter, openmp) == ("7", str(max(2, share)), str(max(1, share)))
   assert sorted(clusters) == [0, 1, 2]
   for rank, cluster in clusters.items():
     assert cluster.task_index == rank

@@ -106,8 +106,8 @@ def test_every_mistake_can_still_be_made(mutation, tmp_path):
 
 
 def test_mistakes_are_caught():
-  """One of each kind of module; `python -m tools.conformance.negative_controls` makes all."""
-  names = ["decoupled decay", "warmup per epoch", "shuffle per worker", "BN over all workers"]
+  """Two of them; `python -m tools.conformance.negative_controls` makes all."""
+  names = ["decoupled decay", "shuffle per worker"]
   finished = subprocess.run(
     [
       sys.executable,

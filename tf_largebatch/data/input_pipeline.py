@@ -24,6 +24,8 @@ REPLACEMENTS = 8
 # Decodes to the same pixels as Pillow. libjpeg's fast DCT, TensorFlow's default, is off by one grey
 # level and saves nothing, because Huffman decoding takes most of the time.
 JPEG_DECODING = {"dct_method": "INTEGER_ACCURATE", "fancy_upscaling": True}
+# Of the functions of data sets: AutoGraph, which they do not need, takes most of the start.
+_as_written = tf.autograph.experimental.do_not_convert
 # Few, because one step of a device that carries many workers takes gigabytes.
 _PREFETCHED = 2
 
@@ -86,10 +88,11 @@ def train_dataset(
 
   # Endless, because with a finite data set all tasks would ask each other at every step whether
   # one has reached the end.
-  plans = tf.data.Dataset.counter(first_step * num_workers).map(plan)
+  plans = tf.data.Dataset.counter(first_step * num_workers).map(_as_written(plan))
   transform, _ = augmentation.TRANSFORMS[recipe.augmentation]
   dataset = _load(recipe, source, plans, transform, n, workers_per_replica, on_bad_example)
-  return dataset.map(lambda _, images, labels, read: (images, labels)).prefetch(_PREFETCHED)
+  without_ids = _as_written(lambda _, images, labels, read: (images, labels))
+  return dataset.map(without_ids).prefetch(_PREFETCHED)
 
 
 def evaluation_dataset(
@@ -126,10 +129,10 @@ def evaluation_dataset(
     weights = tf.where(read, 1.0, -1.0)
     return images[0], labels[0], tf.where(ids < source.num_examples, weights, 0.0)[0]
 
-  plans = tf.data.Dataset.counter().map(plan)
+  plans = tf.data.Dataset.counter().map(_as_written(plan))
   _, transform = augmentation.TRANSFORMS[recipe.augmentation]
   dataset = _load(recipe, source, plans, transform, batch_size, 1, on_bad_example)
-  return dataset.map(weigh).prefetch(_PREFETCHED)
+  return dataset.map(_as_written(weigh)).prefetch(_PREFETCHED)
 
 
 def evaluation_steps(source, batch_size: int, replicas: int) -> int:
@@ -171,13 +174,14 @@ def _load(recipe: Recipe, source, plans, transform, size: int, groups: int, on_b
       for x in (ids, images, _require_class(labels, source), read)
     )
 
-  dataset = plans.map(read, **parallel)
+  dataset = plans.map(_as_written(read), **parallel)
   if source.image_shape is not None and not transform.per_image:
     load = _plan_loader(recipe, source, transform, size)
-    dataset = dataset.map(load, **parallel).batch(groups)
+    dataset = dataset.map(_as_written(load), **parallel).batch(groups)
   else:
     load = _image_loader(recipe, source, transform, on_bad_example)
-    dataset = dataset.unbatch().map(load, **parallel).batch(groups * size).map(to_groups)
+    dataset = dataset.unbatch().map(_as_written(load), **parallel)
+    dataset = dataset.batch(groups * size).map(_as_written(to_groups))
   options = tf.data.Options()
   options.threading.private_threadpool_size = threads
   # Operations on one image are too small to divide among threads.

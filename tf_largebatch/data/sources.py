@@ -37,6 +37,7 @@ from tf_largebatch.data.record_sources import (
 )
 from tf_largebatch.data.synthetic import SyntheticSource
 from tf_largebatch.errors import UserError, summary
+from tf_largebatch.machine import usable_cores
 
 # Data sets that are computed: name → class with SPLITS and CHANNELS, made from a number of examples
 # and an image size. All other names are those of TensorFlow Datasets.
@@ -249,8 +250,18 @@ def _decode_all(records: RecordSource) -> ArraySource:
     image, label = records.parse(record)
     return tf.io.decode_image(image, expand_animations=False), label
 
-  dataset = tf.data.Dataset.range(records.num_examples).batch(256).map(records.read).unbatch()
-  dataset = dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).batch(1024)
+  def load_batch(indices):
+    # One call of a data set's function for each small image would take longer than the image.
+    return tf.map_fn(
+      load,
+      records.read(indices),
+      fn_output_signature=(tf.uint8, tf.int32),
+      parallel_iterations=1,
+    )
+
+  dataset = tf.data.Dataset.range(records.num_examples).batch(1024)
+  load_batch = tf.autograph.experimental.do_not_convert(load_batch)
+  dataset = dataset.map(load_batch, num_parallel_calls=usable_cores())
   try:
     batches = list(dataset.as_numpy_iterator())
     failure = None

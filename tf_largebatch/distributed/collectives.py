@@ -42,7 +42,7 @@ def make_gather(strategy: tf.distribute.Strategy, function: Callable) -> Callabl
     mine = tf.where(places == context.replica_id_in_sync_group, value[None], 0.0)
     return context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
 
-  @tf.function
+  @tf.function(autograph=False)
   def gather_values(*arguments):
     return strategy.run(replica, args=arguments)
 

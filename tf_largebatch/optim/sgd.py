@@ -180,7 +180,7 @@ class MomentumCorrectedSGD(keras.optimizers.Optimizer):
         self._update(*variables, coefficients)
 
     if self.jit_compile:
-      update_all = tf.function(update_all, jit_compile=True)
+      update_all = tf.function(update_all, jit_compile=True, autograph=False)
     # One call per device for all variables; weights[0] only selects the devices.
     tf.distribute.get_strategy().extended.update(
       weights[0], update_all, args=(weights, buffers, list(grads), coefficients), group=False

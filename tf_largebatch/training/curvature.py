@@ -157,11 +157,11 @@ def _make_iteration(strategy, model, evaluated, recipe: Recipe, options: RunOpti
     _, scalars = passes.total([], [alpha / replicas, beta / replicas])
     return ([part / beta for part in rest], vector), *scalars
 
-  @tf.function
+  @tf.function(autograph=False)
   def begin(batch):
     return strategy.run(replica_begin, args=tuple(batch))
 
-  @tf.function
+  @tf.function(autograph=False)
   def advance(batch, vector, previous, beta):
     vectors, *scalars = strategy.run(replica_advance, args=(batch, vector, previous, beta))
     return vectors, *(strategy.experimental_local_results(value)[0] for value in scalars)

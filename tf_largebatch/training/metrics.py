@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 
 import tensorflow as tf
 import tqdm
@@ -39,6 +40,7 @@ class MetricsWriter:
     first_step: int,
     total_steps: int,
     evaluated_step: int | None = None,
+    report: Callable[[str, dict], None] = lambda group, record: None,
   ):
     """
     Args:
@@ -47,6 +49,7 @@ class MetricsWriter:
       first_step: steps that are done already.
       total_steps: steps of the whole run.
       evaluated_step: the last step whose evaluation is done already; None: first_step.
+      report: also gets each new record, and its group in TensorBoard.
     """
     self._path = os.path.join(work_dir, "metrics.jsonl")
     records = _read(self._path)
@@ -82,6 +85,7 @@ class MetricsWriter:
     self._lines = None  # Open while the file or its buffer holds all records.
     self._failing = False
     self._total_steps = total_steps
+    self._report = report
     self._last_line = 0.0
     self._bar = None
     if sys.stderr.isatty():
@@ -132,6 +136,7 @@ class MetricsWriter:
     record = {"kind": kind, "step": step, "epoch": epoch, **scalars}
     self.records.append(record)
     self._unflushed.append(record)
+    self._report(_GROUPS[kind], record)
     with self._retrying_later():
       if self._lines is not None:
         self._lines.write(json.dumps(record) + "\n")

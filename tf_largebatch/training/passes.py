@@ -167,11 +167,9 @@ def make_replica_sums(
     if count == 1:  # No loop between backprop and the all-reduce.
       return run(0)
 
-    def add_pass(index, sums):
+    def add_pass(index, old):
       gradients, statistics, counters, more = run(index)
-      new = tf.nest.map_structure(
-        tf.add, (sums[0], sums[1], sums[3]), (gradients, statistics, more)
-      )
+      new = tf.nest.map_structure(tf.add, (old[0], old[1], old[3]), (gradients, statistics, more))
       return index + 1, (new[0], new[1], counters, new[2])
 
     start = (0, _zeros(values, addends))
@@ -180,7 +178,9 @@ def make_replica_sums(
     )
     return sums
 
-  return tf.function(replica_sums, jit_compile=True) if jit_compile else replica_sums
+  if not jit_compile:
+    return replica_sums
+  return tf.function(replica_sums, jit_compile=True, autograph=False)
 
 
 def _squared_norm(gradients: list):

@@ -136,7 +136,7 @@ def make_train_step(
     replica.merge_call(update, args=(gradients, statistics, counters, gradient_norm))
     return scalars
 
-  @tf.function
+  @tf.function(autograph=False)
   def train_step(batch, stop=0.0):
     scalars = strategy.run(replica_step, args=(*batch, stop))  # The same on every replica.
     return {name: strategy.experimental_local_results(v)[0] for name, v in scalars.items()}
@@ -222,7 +222,7 @@ def make_evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model) -
     totals.append(_on_this_device(stop, totals[0].dtype))
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, totals)
 
-  @tf.function
+  @tf.function(autograph=False)
   def evaluation_step(batch, stop=0.0):
     totals = strategy.run(replica_step, args=(stop, *batch))
     return [strategy.experimental_local_results(total)[0] for total in totals]

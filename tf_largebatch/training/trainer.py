@@ -20,7 +20,15 @@ from tf_largebatch.foreign_settings import keras_defaults
 from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.signals import StopRequest
-from tf_largebatch.training import batches, building, environment, reporting, step, work_directory
+from tf_largebatch.training import (
+  batches,
+  building,
+  environment,
+  reporting,
+  step,
+  trainjob_status,
+  work_directory,
+)
 from tf_largebatch.training.agreement import restore_newest_of_all
 from tf_largebatch.training.bad_examples import BadExamples
 from tf_largebatch.training.checkpoint import Checkpoints, Manifest
@@ -68,7 +76,12 @@ def train_and_evaluate(
   with contextlib.ExitStack() as stack:
     stack.enter_context(report_lost_tasks(cluster, lambda: loop and loop.done))
     # First of all: TensorFlow accepts no cluster after its first operation.
-    strategy = make_strategy(cluster, options.communication, options.cluster_timeout_minutes)
+    strategy = make_strategy(
+      cluster,
+      options.communication,
+      options.cluster_timeout_minutes,
+      options.heartbeat_timeout_seconds,
+    )
     recipe, data, result = resolve_run(recipe, options, cluster, strategy)
     if result is not None:
       logging.info("The run in %s is complete; nothing is left to do.", options.work_dir)
@@ -209,16 +222,21 @@ def _evaluated_epochs(run: _Run, restored: Manifest | None) -> int:
 def _metrics(run: _Run, restored: Manifest | None, evaluated_epochs: int):
   """Opens the metrics and writes the recipe, once nothing else can be wrong with the directory."""
   kept = contextlib.nullcontext(run.options.work_dir)
-  # Only the chief's metrics are kept.
-  with kept if run.cluster.is_chief else tempfile.TemporaryDirectory() as directory:
+  is_chief, total_steps = run.cluster.is_chief, run.facts["derived"]["total_steps"]
+  # Only the chief's metrics are kept and reported.
+  with (
+    kept if is_chief else tempfile.TemporaryDirectory() as directory,
+    trainjob_status.reporting(os.environ if is_chief else {}, total_steps) as report,
+  ):
     writer = MetricsWriter(
       directory,
       run.recipe.to_dict() | run.facts["derived"],
       restored.step if restored else 0,
-      run.facts["derived"]["total_steps"],
+      total_steps,
       evaluated_step=evaluated_epochs * run.facts["derived"]["steps_per_epoch"],
+      report=report,
     )
-    if run.cluster.is_chief:
+    if is_chief:
       work_directory.write_recipe(run.recipe, run.options, run.facts)
     with writer:
       yield writer

@@ -78,7 +78,7 @@ def choose_workers_per_pass(
     images = tf.zeros([workers_per_pass, *shape], tf.uint8)
     labels = tf.zeros([workers_per_pass, shape[0]], tf.int32)
     candidate = dataclasses.replace(options, workers_per_pass=workers_per_pass)
-    sums = tf.function(make_paper_sums(model, recipe, candidate))
+    sums = tf.function(make_paper_sums(model, recipe, candidate), autograph=False)
     try:
       seconds = [
         _seconds(lambda: float(sums(values, 0, (images, labels))[3][0]))  # noqa: B023

@@ -161,6 +161,11 @@ def forecast_rows() -> list[list[str]]:
   return rows
 
 
+def _lengthens(judged: dict) -> float:
+  """The share of the all-reduce's time by which the step is longer: what does not hide."""
+  return (judged["step_seconds"] - judged["alone_seconds"]) / judged["reduce_seconds"]
+
+
 def describe(settings: list[dict]) -> str:
   """The answer in a few sentences, or what is known so far."""
   if not settings:
@@ -177,6 +182,16 @@ def describe(settings: list[dict]) -> str:
         f"{network}'s step is at most 10 % longer than without communication in {len(short)} of "
         f"{len(found)} settings{where}."
       )
+  shares = {
+    packed: [_lengthens(e["judged"]) for e in settings if (e["bytes_per_pack"] > 0) == packed]
+    for packed in (True, False)
+  }
+  if all(shares.values()):
+    during, after = (f"{statistics.median(shares[packed]):.0%}" for packed in (True, False))
+    parts.append(
+      f"The all-reduce lengthens the step by {during} of its own time (median) if packs travel "
+      f"during backprop, and by {after} if one follows it."
+    )
   errors = [abs(each["judged"]["error"]) for each in settings]
   parts.append(f"The forecast's median error is {statistics.median(errors):.0%}.")
   return " ".join(parts)

@@ -19,6 +19,7 @@ _RECIPE = (  # noqa: SIM905
   "--dataset=synthetic --train_split=train[:560] --validation_split=validation[:37]"
   " --image_size=8 --network=resnet8 --workers=2 --per_worker_batch_size=7 --epochs=5"
   " --warmup_epochs=0 --decay_epochs= --evaluation_batch_size=10 --checkpoint_every_steps=7"
+  " --heartbeat_timeout_seconds=6"
 ).split()
 
 
