@@ -192,4 +192,4 @@ def _draw_agreement(panel, links: list[dict]):
   panel.set(xscale="log", xlabel="measured step, ms", ylabel="error of the forecast, %")
   panel.set_title("Steps of 2 and 4 tasks on throttled links")
   panel.grid(alpha=0.3)
-  panel.legend(fontsize=9, frameon=False)
+  panel.legend(fontsize=9, frameon=False, loc="center left")

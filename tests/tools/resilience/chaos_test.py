@@ -48,7 +48,8 @@ def test_two_tasks_reproduce_the_run_without_faults(tmp_path):
   assert all(run["equal"] and run["weights_sha256"] == run["expected_sha256"] for run in runs)
   found = {fault["kind"]: fault for run in runs for fault in run["faults"]}
   assert sorted(found) == sorted(kinds)
-  assert found["stop"]["launches"] and found["stop"]["restored"] <= found["stop"]["step"]
+  # The other task may still end the step after the one that metrics.jsonl showed.
+  assert found["stop"]["launches"] and found["stop"]["restored"] <= found["stop"]["step"] + 1
   for kind in set(kinds) - {"stop"}:
     assert found[kind]["lasted"] > 0 and found[kind]["launches"] == 0
 
