@@ -11,7 +11,7 @@ import sys
 from absl import flags
 from absl.testing import flagsaver
 
-from tests.launching import ROOT, SMALL
+from tests.launching import ROOT, SMALL, run_program
 from tf_largebatch import train
 from tf_largebatch.recipe import Recipe
 
@@ -38,3 +38,13 @@ def test_a_run_and_its_repetition_from_flags_txt(tmp_path, capsys):
   assert run_main(flagfile, f"--work_dir={tmp_path / 'two'}") == 0
   again = json.loads((tmp_path / "two" / "result.json").read_text())
   assert again["weights_sha256"] == result["weights_sha256"]
+
+
+def test_the_start_does_not_import_matplotlib():
+  """Keras would, for two functions that draw; it can be imported afterwards."""
+  loaded = run_program(
+    "import json, sys; from absl import flags; from tf_largebatch import train;"
+    "flags.FLAGS(['train']); train._import_trainer(); loaded = sorted(sys.modules);"
+    "import matplotlib; print(json.dumps(loaded))"
+  )
+  assert "keras" in loaded and "matplotlib" not in loaded

@@ -28,9 +28,22 @@ def define_flags():
   flags.DEFINE_integer("max_restarts", 20, "How often Ray starts them again.", lower_bound=0)
 
 
+class Mailbox:
+  """An actor that brings a task's result to the driver; Ray's own result needs a checkpoint."""
+
+  def __init__(self):
+    self._result = {"error": "No task has ended."}
+
+  def put(self, result: dict):
+    self._result = result
+
+  def get(self) -> dict:
+    return self._result
+
+
 def train_task(settings: dict) -> None:
-  """In a worker of Ray's: trains, and reports the result, or a user's mistake as "error"."""
-  import ray.train
+  """In a worker of Ray's: trains, and mails the result, or a user's mistake as "error"."""
+  import ray
 
   # Also defines the flags, which only the driver parses; the worker gets the settings.
   from tf_largebatch import train
@@ -42,9 +55,10 @@ def train_task(settings: dict) -> None:
     train.set_environment(recipe)
     from tf_largebatch.training.trainer import train_and_evaluate
 
-    ray.train.report(train_and_evaluate(recipe, settings["options"], read_cluster()))
+    result = train_and_evaluate(recipe, settings["options"], read_cluster())
   except UserError as error:
-    ray.train.report({"error": str(error)})
+    result = {"error": str(error)}  # Ray would start the workers again after an exception.
+  ray.get(settings["mailbox"].put.remote(result))
 
 
 def _absolute(path: str) -> str:
@@ -57,15 +71,18 @@ def main():
   if not options.work_dir:
     raise UserError("No --work_dir was given; name a directory that all of Ray's nodes share.")
   try:
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.tensorflow import TensorflowTrainer
   except ImportError as error:
     raise UserError(f'Ray is not installed ({error}); run pip install "ray[train]".') from error
   directories = {n: _absolute(getattr(options, n)) for n in ("work_dir", "data_dir", "index_dir")}
   gpus = flags.FLAGS.gpus_per_ray_worker
+  mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+  options = dataclasses.replace(options, **directories)
   trainer = TensorflowTrainer(
     train_task,
-    train_loop_config={"recipe": recipe, "options": dataclasses.replace(options, **directories)},
+    train_loop_config={"recipe": recipe, "options": options, "mailbox": mailbox},
     scaling_config=ScalingConfig(
       num_workers=flags.FLAGS.ray_workers,
       use_gpu=gpus > 0,
@@ -73,7 +90,8 @@ def main():
     ),
     run_config=RunConfig(failure_config=FailureConfig(max_failures=flags.FLAGS.max_restarts)),
   )
-  result = trainer.fit().metrics
+  trainer.fit()
+  result = ray.get(mailbox.get.remote())
   if "error" in result:
     raise UserError(result["error"])
   print(json.dumps(result, indent=2))

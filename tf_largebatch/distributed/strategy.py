@@ -1,6 +1,7 @@
 """The `tf.distribute` strategy for a cluster and the devices that this task can see."""
 
 import signal
+import threading
 from typing import Any
 
 import tensorflow as tf
@@ -23,8 +24,9 @@ def make_strategy(
 
   One task with one device gets the default strategy; one task with several GPUs, or with several
   logical CPUs and no GPU, gets `MirroredStrategy`; several tasks get `MultiWorkerMirroredStrategy`.
-  The latter uses one CPU per task even if there are several logical CPUs, and must be made in the
-  main thread before any TensorFlow operation runs; this function waits for all tasks first.
+  The latter uses one CPU per task even if there are several logical CPUs, and must be made before
+  any TensorFlow operation runs; this function waits for all tasks first. Made outside the main
+  thread, it leaves SIGTERM ignored.
 
   All tasks must see the same number of GPUs. With an explicit `communication`, a task that has lost
   its GPU gets an error; with "auto" the tasks may wait for each other. Also turns TensorFloat-32
@@ -85,7 +87,8 @@ def _make_multi_task_strategy(
   on_sigterm = signal.getsignal(signal.SIGTERM)
   with rendezvous.ended_after(timeout_minutes):
     strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
-  signal.signal(signal.SIGTERM, on_sigterm)
+  if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGTERM, on_sigterm)  # Python allows it nowhere else.
   return strategy
 
 
