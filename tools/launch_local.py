@@ -11,7 +11,7 @@ signal ended it. With --max_restarts=R it then restarts all tasks, up to R times
 forwards SIGINT, SIGTERM and SIGHUP to the tasks and then exits with 130, 143 or 129.
 
 The tasks share the machine's cores equally through TF_NUM_INTRAOP_THREADS,
-TF_NUM_INTEROP_THREADS and OMP_NUM_THREADS, unless these are set. They do not share
+TF_NUM_INTEROP_THREADS (at least 2) and OMP_NUM_THREADS, unless these are set. They do not share
 GPUs: on a machine with GPUs run one task, or set CUDA_VISIBLE_DEVICES=-1.
 """
 

@@ -125,9 +125,9 @@ def test_failures_restart_the_run_only_where_that_helps(trainjob, runtime, job, 
       "onExitCodes": {"containerName": container["name"], "operator": "In", "values": [1]},
     }
   ]
-  assert [(rule["action"], rule["onJobFailureReasons"]) for rule in _rules(jobset)] == [
-    ("FailJobSet", ["PodFailurePolicy"])
-  ]
+  assert [
+    (rule["action"], rule["onJobFailureReasons"]) for rule in jobset["failurePolicy"]["rules"]
+  ] == [("FailJobSet", ["PodFailurePolicy"])]
   # … and every other one restarts all pods, which by then have ended.
   assert job["template"]["spec"]["backoffLimit"] == 0
   assert pod["restartPolicy"] == "Never"
@@ -138,10 +138,6 @@ def test_failures_restart_the_run_only_where_that_helps(trainjob, runtime, job, 
   assert pod["terminationGracePeriodSeconds"] >= 60
   # Without a shell, which would not forward SIGTERM.
   assert container["command"] == ["python", "-m", "tf_largebatch.train"]
-
-
-def _rules(jobset):
-  return jobset["failurePolicy"]["rules"]
 
 
 def test_kubeflow_applies_the_trainjob_to_the_runtime(trainjob, runtime, job, container):

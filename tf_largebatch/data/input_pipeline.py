@@ -24,7 +24,7 @@ REPLACEMENTS = 8
 # Decodes to the same pixels as Pillow. libjpeg's fast DCT, TensorFlow's default, is off by one grey
 # level and saves nothing, because Huffman decoding takes most of the time.
 JPEG_DECODING = {"dct_method": "INTEGER_ACCURATE", "fancy_upscaling": True}
-# Of the functions of data sets: AutoGraph, which they do not need, takes most of the start.
+# Data sets convert functions with AutoGraph, which ours do not need and which takes long.
 _as_written = tf.autograph.experimental.do_not_convert
 # Few, because one step of a device that carries many workers takes gigabytes.
 _PREFETCHED = 2

@@ -95,7 +95,7 @@ def _make_multi_task_strategy(
 def _set_heartbeat_timeout(cluster: Cluster, seconds: float):
   """Configures TensorFlow's coordination service as the strategy would, but for the timeout.
 
-  The strategy keeps a configuration that it finds. There is no public function for it.
+  The strategy configures the service only if nobody has. TensorFlow has no public API for this.
   """
   job = coordination_config_pb2.CoordinatedJob(name="worker", num_tasks=cluster.num_tasks)
   context.context().configure_coordination_service(

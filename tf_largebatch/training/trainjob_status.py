@@ -6,8 +6,8 @@ Kubeflow Trainer (version 2.2 and later, with its feature gate TrainJobStatus) s
   KUBEFLOW_TRAINER_SERVER_CA_CERT  a file with the certificate of the server's authority
   KUBEFLOW_TRAINER_SERVER_TOKEN    a file with the pod's token, which Kubernetes renews
 
-and shows the status in `kubectl get trainjob`. Nothing here makes a run fail or wait: a thread
-sends the newest status, and a warning tells why it could not.
+and shows the status in `kubectl get trainjob`. A thread sends the newest status, so that the run
+does not wait. If the server does not take it, the trainer logs why and trains on.
 
 Source: Kubeflow Trainer 2.3, KEP-2779 and `UpdateTrainJobStatusRequest`.
 """
@@ -86,7 +86,7 @@ class _Status:
       "lastUpdatedTime": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     left, steps = self._total_steps - step, step - self._began[1]
-    if steps or not left:  # One record tells nothing about the speed.
+    if steps or not left:  # The speed takes two records to know.
       seconds = left * (now - self._began[0]) / max(1, steps)
       content["estimatedRemainingSeconds"] = round(seconds)
     self.content = content

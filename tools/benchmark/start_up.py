@@ -5,7 +5,7 @@
 
 Starts the trainer with the flags after `--`, in new work directories, and ends it after its first
 step. The first start, which fills caches and indexes the data, is not counted. Times are wall-clock
-seconds; the phase `processor` is not a phase but the CPU seconds of all threads.
+seconds, except for the last line, `processor`: the CPU seconds of all threads.
 """
 
 import statistics

@@ -39,7 +39,7 @@ _C_AGAINST = (
   "InfiniBand, and the tasks share two cores with what carries their packets. The forecast for "
   "GPUs rests on the model, assumed latencies and an assumed step: no GPU was measured. Each task "
   "had one inter-op thread, with which TensorFlow runs no all-reduce during backprop; "
-  "[benchmarks.md](benchmarks.md) compares with more, which `tools.launch_local` gives by now."
+  "[benchmarks.md](benchmarks.md) has figures with more. `tools.launch_local` now gives two."
 )
 _C_FORECAST = (
   f"Forecast for servers of 8 GPUs with {answers_c.IMAGES} images each: the kn at which more than "

@@ -17,7 +17,7 @@ def test_the_phases_add_up_to_the_whole_start(tmp_path):
   assert set(parts) == set(ROWS) - {"total", "processor"}
   assert all(s >= 0 for s in parts.values())
   assert abs(sum(parts.values()) - seconds["total"]) < 1e-9
-  # What surely takes time, and what is left: a function that is no longer called takes none.
+  # A phase whose function the trainer no longer calls would take no time.
   for name in ("interpreter", "imports", "network", "first step"):
     assert parts[name] > 0.05, name
   assert parts["other"] < 0.2 * seconds["total"]
