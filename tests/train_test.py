@@ -5,9 +5,11 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
+import pytest
 from absl import flags
 from absl.testing import flagsaver
 
@@ -38,6 +40,23 @@ def test_a_run_and_its_repetition_from_flags_txt(tmp_path, capsys):
   assert run_main(flagfile, f"--work_dir={tmp_path / 'two'}") == 0
   again = json.loads((tmp_path / "two" / "result.json").read_text())
   assert again["weights_sha256"] == result["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+  "cores, tasks, given, expected",
+  [
+    ({3}, 2, None, "2"),  # TensorFlow would start one thread, which the all-reduce blocks.
+    ({3}, 2, "1", "1"),  # The user's.
+    ({3}, 1, None, None),
+    ({3, 5}, 2, None, None),
+  ],
+)
+def test_a_task_on_one_core_has_two_inter_op_threads(monkeypatch, cores, tasks, given, expected):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)
+  environ = {} if given is None else {"TF_NUM_INTEROP_THREADS": given}
+  monkeypatch.setattr(os, "environ", environ)
+  train.set_environment(Recipe(), tasks)
+  assert environ.get("TF_NUM_INTEROP_THREADS") == expected
 
 
 def test_the_start_does_not_import_matplotlib():

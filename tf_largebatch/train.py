@@ -33,8 +33,12 @@ _NOISE = (
 _NO_GPU_NOISE = r"|^E0000 00:00:.* failed call to cuInit: "
 
 
-def set_environment(recipe: Recipe):
+def set_environment(recipe: Recipe, num_tasks: int = 1):
   """Configures TensorFlow, before it is imported (docs/benchmarks.md).
+
+  Args:
+    recipe: of the run.
+    num_tasks: that train together, on any machines.
 
   Raises:
     UserError: Keras could not be imported because of `keras.json`.
@@ -49,6 +53,9 @@ def set_environment(recipe: Recipe):
   if (recipe.workers or 1) >= 2 and (os.cpu_count() or 1) <= 2:
     # Two workers' passes at once, one thread each, beat two threads for each op of one pass.
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+  if num_tasks > 1 and len(os.sched_getaffinity(0)) == 1:
+    # With one inter-op thread, the all-reduce would wait until backprop has ended.
+    os.environ.setdefault("TF_NUM_INTEROP_THREADS", "2")
 
 
 def adapt_to_surroundings():
@@ -93,7 +100,7 @@ def _train(argv: list[str], stop: StopRequest) -> int:
     raise UserError("No --work_dir was given; name a directory for what the run leaves.")
   if not (cluster.is_chief or flags.FLAGS["verbosity"].present):
     logging.set_verbosity(logging.WARNING)  # The chief logs the same lines.
-  set_environment(recipe)
+  set_environment(recipe, cluster.num_tasks)
   train_and_evaluate = _import_trainer()
   result = train_and_evaluate(recipe, options, cluster, stop)
   if cluster.is_chief:

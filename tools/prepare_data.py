@@ -13,6 +13,10 @@ ImageNet (`imagenet2012`) is prepared from its two official tars, or those that
 
 prepare your own images, or a data set of your own TFDS builder (docs/data.md).
 
+  python -m tools.prepare_data imagenet2012 --resize_shorter_side=480 --data_dir=data
+
+also prepares `imagenet2012_shorter480`, a data set with smaller images.
+
 The trainer itself prepares what TFDS can download. Use this program to prepare the data first, for
 instance on the one machine of a cluster that reaches the internet, or in another file format.
 """
@@ -83,6 +87,7 @@ def _end_on_signals() -> None:
 
 
 def main(datasets: list[str]) -> None:
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   logging.set_verbosity(logging.INFO)
   standard_streams.drop_library_logs(logging.get_absl_handler())
   values = flags.FLAGS
@@ -92,17 +97,25 @@ def main(datasets: list[str]) -> None:
   if "synthetic" in datasets:
     raise UserError("synthetic needs no data and cannot be prepared; train with it directly.")
   _end_on_signals()
-  if values.images or values.csv:
+  own = values.images or values.csv
+  if own:
+    names = datasets
     _prepare_images(datasets, data_dir)
-    print(f"{_describe(datasets[0], data_dir)}\n{_describe_use(datasets[0], data_dir)}")
-    return
-  for module in values.imports:
-    own_builders.import_module(module)
-  names = [own_builders.resolve(dataset) for dataset in datasets]
-  for name in names:
-    preparation.prepare(name, data_dir, values.file_format, MIRRORS)
+  else:
+    for module in values.imports:
+      own_builders.import_module(module)
+    names = [own_builders.resolve(dataset) for dataset in datasets]
+    for name in names:
+      preparation.prepare(name, data_dir, values.file_format, MIRRORS)
+  if values.resize_shorter_side:
+    from tools.datasets import resized  # TensorFlow takes seconds to import.
+
+    arguments = (values.resize_shorter_side, data_dir, values.file_format)
+    names = [resized.prepare(name, *arguments) for name in names]
   for name in names:
     print(_describe(name, data_dir))
+    if own:
+      print(_describe_use(name, data_dir))
 
 
 def define_flags() -> None:
@@ -126,6 +139,12 @@ def define_flags() -> None:
     None,
     "Prepare the images that a CSV file lists: a header and columns path, label and, optionally, "
     "split. Paths are relative to the file.",
+  )
+  flags.DEFINE_integer(
+    "resize_shorter_side",
+    None,
+    "Also prepare NAME_shorterN, whose images have at most N pixels on the shorter side.",
+    lower_bound=1,
   )
   flags.DEFINE_list("imports", [], "Modules to import first, which define builders of TFDS.")
 

@@ -52,10 +52,11 @@ def train_task(settings: dict) -> None:
   recipe = settings["recipe"]
   try:
     train.adapt_to_surroundings()
-    train.set_environment(recipe)
+    cluster = read_cluster()
+    train.set_environment(recipe, cluster.num_tasks)
     from tf_largebatch.training.trainer import train_and_evaluate
 
-    result = train_and_evaluate(recipe, settings["options"], read_cluster())
+    result = train_and_evaluate(recipe, settings["options"], cluster)
   except UserError as error:
     result = {"error": str(error)}  # Ray would start the workers again after an exception.
   ray.get(settings["mailbox"].put.remote(result))

@@ -15,7 +15,8 @@ from tools.launch_local import free_addresses, task_environment
 FLAGS = (*SMALL, "--epochs=1")
 
 
-def test_the_binary_on_two_tasks(tmp_path):
+def test_the_binary_on_two_tasks(tmp_path, monkeypatch):
+  monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", "ftp://refused")
   tmp_path = tmp_path / "run"
   # --verbosity=0 has every task log its INFO lines, not the chief alone.
   arguments = [*FLAGS, "--verbosity=0", "--checkpoint_every_steps=2", f"--work_dir={tmp_path}"]
@@ -29,6 +30,8 @@ def test_the_binary_on_two_tasks(tmp_path):
   assert sorted(digests) == [(task, result["weights_sha256"]) for task in ("0", "1")]
   assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4 + 1
   assert len(os.listdir(tmp_path / "tensorboard")) == 1
+  reporters = re.findall(r"\[task (\d)\].* Kubeflow did not take the status", finished.stdout)
+  assert reporters == ["0"]  # The chief alone.
   check_that_tasks_agree_on_a_checkpoint(tmp_path, result)
 
 

@@ -62,7 +62,7 @@ def check(images: ImageSet) -> CheckedImages:
   faults = collections.defaultdict(list)
   for split, files in images.splits.items():
     splits[split] = []
-    bar = tqdm.tqdm(_in_order(_examine, files), f"Checking {split}", len(files), disable=None)
+    bar = tqdm.tqdm(in_order(_examine, files), f"Checking {split}", len(files), disable=None)
     for file, found in zip(files, bar, strict=True):
       if found.fault is None:
         splits[split].append(file)
@@ -87,10 +87,8 @@ def check(images: ImageSet) -> CheckedImages:
   return CheckedImages(checked, shapes.pop() if len(shapes) == 1 else None)
 
 
-def _in_order(
-  function: Callable[[ImageFile], _Facts], items: Iterable[ImageFile]
-) -> Iterator[_Facts]:
-  """Yields the results in order, computed on all cores and not far ahead."""
+def in_order(function: Callable, items: Iterable) -> Iterator:
+  """Yields function(item) of each item in order, computed on all cores and not far ahead."""
   workers = usable_cores()
   pending = collections.deque()
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:

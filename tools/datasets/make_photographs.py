@@ -30,7 +30,7 @@ import pathlib
 import signal
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -63,7 +63,7 @@ _REPAIRED = {
 # remainders follow the repaired images, so that a small number of images contains every kind.
 _ODD = {"grey": (97, 23), "small": (97, 24), "large": (997, 25), "turned": (97, 26)}
 _LONG_SIDE = {"small": 80, "large": 1600}
-# Without chroma subsampling, like most of ImageNet; the weights give ImageNet's mean size.
+# The weights give ImageNet's mean size without chroma subsampling.
 _QUALITIES = {95: 0.05, 96: 0.05, 97: 0.2, 98: 0.25, 99: 0.45}
 # EXIF orientations that cameras write, and what the camera did to the upright picture.
 _TURNS = {
@@ -131,7 +131,7 @@ def _read(photograph: pathlib.Path) -> Image.Image:
     ) from error
 
 
-def _encode(image: _Image) -> bytes:
+def _encode(image: _Image, subsampling: str = "4:4:4") -> bytes:
   """Returns the image file: a crop 600 to 1600 pixels long, less if the photograph is small."""
   rng = np.random.default_rng(image.seed)
   photograph = _read(image.photograph)
@@ -145,7 +145,7 @@ def _encode(image: _Image) -> bytes:
   picture = photograph.resize(size, Image.Resampling.LANCZOS, box)
 
   quality = int(rng.choice([*_QUALITIES], p=[*_QUALITIES.values()]))
-  options = {"format": "JPEG", "quality": quality, "subsampling": "4:4:4"}
+  options = {"format": "JPEG", "quality": quality, "subsampling": subsampling}
   match image.kind:
     case "png":
       options = {"format": "PNG"}
@@ -202,11 +202,15 @@ def _start_workers() -> Iterator[concurrent.futures.Executor]:
 
 
 def _encode_all(
-  images: list[_Image], workers: concurrent.futures.Executor, title: str, sizes: list[int]
+  images: list[_Image],
+  encode: Callable[[_Image], bytes],
+  workers: concurrent.futures.Executor,
+  title: str,
+  sizes: list[int],
 ) -> Iterator[tuple[_Image, bytes]]:
   """Yields the images and their files, sorted by photograph and class; adds to `sizes`."""
   images = sorted(images, key=lambda image: (image.photograph, image.synset, image.seed))
-  contents = workers.map(_encode, images, chunksize=8)
+  contents = workers.map(encode, images, chunksize=8)
   bar = tqdm.tqdm(contents, title, len(images), unit="image", disable=None)
   for image, content in zip(images, bar, strict=True):
     sizes.append(len(content))
@@ -254,6 +258,7 @@ def _make(
   train_images: int,
   validation_images: int,
   seed: int,
+  subsampling: str,
 ) -> str:
   """Makes both tars in `manual_dir`, or neither, and returns a line about them.
 
@@ -266,7 +271,7 @@ def _make(
       raise UserError(
         f"{manual_dir / name} exists and is not overwritten; give another --data_dir."
       )
-  sizes = []
+  encode, sizes = functools.partial(_encode, subsampling=subsampling), []
   try:
     manual_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=manual_dir, prefix=".photographs-") as scratch:
@@ -275,9 +280,9 @@ def _make(
       train = _train_images(train_images, photographs, seed)
       validation = _validation_images(validation_images, photographs, seed)
       with _start_workers() as workers:
-        files = _encode_all(train, workers, _TRAIN_TAR, sizes)
+        files = _encode_all(train, encode, workers, _TRAIN_TAR, sizes)
         _write_train_tar(scratch / _TRAIN_TAR, files)
-        files = _encode_all(validation, workers, _VALIDATION_TAR, sizes)
+        files = _encode_all(validation, encode, workers, _VALIDATION_TAR, sizes)
         _write_validation_tar(scratch / _VALIDATION_TAR, files)
       for name in (_TRAIN_TAR, _VALIDATION_TAR):
         (scratch / name).rename(manual_dir / name)
@@ -296,7 +301,8 @@ def main() -> None:
   manual_dir = pathlib.Path(values.data_dir).expanduser() / "downloads" / "manual"
   folder = values.photographs
   folder = None if folder is None else pathlib.Path(folder).expanduser()
-  print(_make(manual_dir, folder, values.train_images, values.validation_images, values.seed))
+  counts = (values.train_images, values.validation_images)
+  print(_make(manual_dir, folder, *counts, values.seed, values.chroma_subsampling))
 
 
 def define_flags() -> None:
@@ -320,6 +326,12 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer(
     "seed", 0, "Seed of the crops, the shapes and the JPEG qualities.", lower_bound=0
+  )
+  flags.DEFINE_enum(
+    "chroma_subsampling",
+    "4:4:4",
+    ["4:4:4", "4:2:2", "4:2:0"],
+    "Of the JPEGs. Cameras write 4:2:2 or 4:2:0: fewer bytes, and faster to decode.",
   )
 
 

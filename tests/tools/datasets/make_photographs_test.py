@@ -209,6 +209,16 @@ def test_turned_images_are_upright_by_their_tag_alone(name, photographs):
   assert orientations.keys() == {3, 6, 8}
 
 
+@pytest.mark.parametrize("subsampling, expected", [("4:4:4", 0), ("4:2:2", 1), ("4:2:0", 2)])
+def test_the_chroma_subsampling_is_chosen(subsampling, expected, tmp_path, photographs):
+  images = ("--train_images=1", "--validation_images=2")
+  result = _run(tmp_path, photographs, *images, f"--chroma_subsampling={subsampling}")
+  assert result.returncode == 0
+  _, _, validation = _read_files(tmp_path)
+  found = {JpegImagePlugin.get_sampling(_open(content)) for content in validation.values()}
+  assert found == {expected}
+
+
 def test_crops_are_600_to_1600_pixels_long_and_lie_anywhere(tmp_path):
   """The colour of each pixel of the photograph encodes its position."""
   width, height, steps = 2400, 1800, np.arange(256)
