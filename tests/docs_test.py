@@ -4,11 +4,14 @@
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import json
 import re
 import shlex
+import sys
+import types
 
 import pytest
 
@@ -31,6 +34,7 @@ RUN = {
   "tools.benchmark.checkpoint": "tests/tools/benchmark/checkpoint_test.py::test_figures",
   "tools.benchmark.input_pipeline": "tests/tools/benchmark/input_pipeline_test.py",
   "tools.benchmark.noise_scale": "tests/tools/benchmark/noise_scale_test.py",
+  "tools.benchmark.resized_pixels": "tests/tools/benchmark/resized_pixels_test.py",
   "tools.benchmark.slow_links": "tests/tools/benchmark/slow_links_test.py::test_a_real_run",
   "tools.benchmark.start_up": "tests/tools/benchmark/start_up_test.py",
   "tools.benchmark.step": "tests/tools/benchmark/step_test.py",
@@ -167,7 +171,8 @@ def test_readme_is_short_and_finished():
   assert len(text.split()) <= 1000 and "_FIGURES" not in text
 
 
-def test_every_field_of_the_metrics_is_documented(tmp_path):
+def test_the_run_that_metrics_describes(tmp_path, monkeypatch):
+  """Its fields, its files and the example for trackers."""
   flags = (*SMALL, "--dtype=float16", "--bad_examples=skip", "--workers=2", "--epochs=1")
   flags += ("--curvature_every_steps=4",)
   finished = run_module("tf_largebatch.train", *flags, f"--work_dir={tmp_path}")
@@ -182,6 +187,30 @@ def test_every_field_of_the_metrics_is_documented(tmp_path):
   assert written == set(re.findall(r"^\| `(\w+)` \|", fields, re.MULTILINE))
   left = {path.name for path in tmp_path.iterdir()} - {".lock"}
   assert all(f"| `{name}" in text for name in left), left
+  check_the_tracker_example(text, tmp_path, monkeypatch)
+
+
+def check_the_tracker_example(text, work_dir, monkeypatch):
+  """It logs the recipe, and every record under its kind."""
+  logged, settings = [], {}
+
+  @contextlib.contextmanager
+  def init(**given):
+    settings.update(given)
+    yield types.SimpleNamespace(log=lambda scalars, step: logged.append((step, scalars)))
+
+  monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+  (source,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+  exec(source, {"work_dir": str(work_dir)})
+  records = map(json.loads, (work_dir / "metrics.jsonl").read_text().splitlines())
+  assert logged == [
+    (
+      record["step"],
+      {f"{record['kind']}/{name}": x for name, x in record.items() if name != "kind"},
+    )
+    for record in records
+  ]
+  assert settings["config"]["dtype"] == "float16"
 
 
 def options_document():

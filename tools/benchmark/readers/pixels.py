@@ -25,7 +25,7 @@ def compare_pixels(task: Task, count: int) -> dict:
   """
   import tensorflow as tf
 
-  totals = {name: {"decoded": _Differences(), "resized": _Differences()} for name in DECODERS}
+  totals = {name: {"decoded": Differences(), "resized": Differences()} for name in DECODERS}
   for jpeg, crop in zip(*jpegs_and_crops(task.jpegs()[:count]), strict=True):
     exact = None
     for name, decoder in DECODERS.items():
@@ -41,7 +41,7 @@ def compare_pixels(task: Task, count: int) -> dict:
   }
 
 
-class _Differences:
+class Differences:
   """Sums and maxima, per channel, of the differences between images."""
 
   def __init__(self):
