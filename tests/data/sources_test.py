@@ -1,5 +1,6 @@
 """Sources return any example by its index."""
 
+import io
 import os
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
 
 from tests.launching import run_program
 from tf_largebatch.data import sources
@@ -173,6 +175,54 @@ def test_an_array_record_that_cannot_be_read_is_not_damaged(array_records):
   with pytest.raises(InterruptedRunError, match=rf"{path} cannot be reached .*pread") as error:
     sources.fault(source, 7)
   assert error.value.status == 138
+
+
+def test_fingerprints_of_decoded_images(tmp_path):
+  """They are of the pixels and labels in their order, however the images are encoded."""
+
+  def store(name, images, labels, **options):
+    files = []
+    for image in images:
+      file = io.BytesIO()
+      Image.fromarray(image).save(file, "PNG", **options)
+      files.append(file.getvalue())
+
+    class Encoded(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+      VERSION = tfds.core.Version("1.0.0")
+
+      def _info(self):
+        features = {
+          "image": tfds.features.Image(shape=(8, 8, 3)),
+          "label": tfds.features.ClassLabel(num_classes=7),
+        }
+        features = tfds.features.FeaturesDict(features)
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+      def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+      def _generate_examples(self):
+        for index, (file, label) in enumerate(zip(files, labels, strict=True)):
+          yield index, {"image": file, "label": label}
+
+    Encoded.name = name
+    Encoded(data_dir=tmp_path).download_and_prepare()
+    return sources.open_source(name, "train", str(tmp_path)).fingerprint
+
+  images = np.random.default_rng(0).integers(0, 99, (6, 8, 8, 3), np.uint8)
+  labels = list(range(6))
+  expected = store("plain", images, labels, compress_level=9)
+  assert expected.startswith("pixels:")
+  assert store("uncompressed", images, labels, compress_level=0) == expected
+  changed = images.copy()
+  changed[5, 7, 7, 2] += 1
+  others = {
+    store("pixel", changed, labels),
+    store("label", images, [*labels[:5], 0]),
+    store("order", images[::-1], labels[::-1]),
+    store("fewer", images[:5], labels[:5]),
+  }
+  assert len(others - {expected}) == 4
 
 
 def test_fingerprints_of_array_records(array_records, tmp_path):

@@ -77,3 +77,29 @@ def test_tasks_agree_on_the_data_and_on_what_is_stored(tmp_path, monkeypatch):
   with pytest.raises(UserError, match="on other examples"):
     trainer._with_fingerprints(*arguments)
   assert agreed == [(now, None), (now, before)]
+
+
+@pytest.mark.parametrize(
+  "stored, now, is_refused",
+  [
+    ("pixels:1", "pixels:2", True),
+    ("pixels:1", "tfrecord:1", True),
+    ("tfrecord:1", "array_record:1", True),
+    ("pixels:1", "pixels:1", False),
+    # An older version's, of data that are decoded when they are opened.
+    ("tfrecord:1", "pixels:2", False),
+  ],
+)
+def test_which_fingerprints_contradict_each_other(tmp_path, stored, now, is_refused):
+  fingerprints = {"train": "tfrecord:7", "validation": stored}
+  facts = {"recipe": RECIPE.to_dict(), "data": {"name": "x", "fingerprints": fingerprints}}
+  (tmp_path / "recipe.json").write_text(json.dumps(facts))
+  train, validation = (types.SimpleNamespace(fingerprint=each) for each in ("tfrecord:7", now))
+  cluster = types.SimpleNamespace(num_tasks=1)
+  arguments = ({"name": "x"}, train, validation, str(tmp_path), cluster, None)
+  if is_refused:
+    with pytest.raises(UserError, match="on other examples"):
+      trainer._with_fingerprints(*arguments)
+  else:
+    found = {"train": "tfrecord:7", "validation": now}
+    assert trainer._with_fingerprints(*arguments)["fingerprints"] == found

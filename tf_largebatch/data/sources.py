@@ -15,6 +15,7 @@ so that the examples at any positions of any permutation can be read without a s
 """
 
 import dataclasses
+import hashlib
 import re
 
 import numpy as np
@@ -48,6 +49,11 @@ _RECORD_SOURCES = {"tfrecord": TFRecordSource, "array_record": ArrayRecordSource
 
 # A split whose images share one shape is decoded once and kept if it takes at most this and fits.
 _IN_MEMORY_BYTES = 2 * 2**30
+
+
+# Begins the fingerprint of such a split, which is of its pixels and labels: prepared on another
+# machine, the same PNGs can have other bytes.
+PIXELS = "pixels:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,4 +282,6 @@ def _decode_all(records: RecordSource) -> ArraySource:
       raise read_error(records, "the data set", failure) from failure
     raise UserError(f"The data set is damaged: {found}; prepare it again.")
   images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-  return ArraySource(images, labels, records.num_classes, records.fingerprint)
+  digest = hashlib.blake2b(images, digest_size=8)
+  digest.update(labels)
+  return ArraySource(images, labels, records.num_classes, PIXELS + digest.hexdigest())
