@@ -160,20 +160,9 @@ def _with_fingerprints(
   if cluster.num_tasks > 1:
     facts = (fingerprints, stored)
     require_agreement(strategy, facts, "their data differ; copy them from one task to the others")
-  if stored and any(_contradicts(stored[split], now) for split, now in fingerprints.items()):
-    raise UserError(
-      f"work_dir={work_dir} holds a run on other examples, or on the same ones in another order "
-      f"({stored} there, {fingerprints} now); choose another work_dir, or the data that the run "
-      "began with."
-    )
+  advice = "choose another work_dir, or the data that the run began with"
+  work_directory.require_same_examples(work_dir, stored, fingerprints, advice)
   return data | {"fingerprints": fingerprints} if source.fingerprint else data
-
-
-def _contradicts(stored: str, now: str) -> bool:
-  """Whether two fingerprints of a split are of different examples."""
-  # Of decoded images, older versions stored a fingerprint of the files' bytes.
-  is_older = now.startswith(sources.PIXELS) and not stored.startswith(sources.PIXELS)
-  return stored != now and not is_older
 
 
 @contextlib.contextmanager

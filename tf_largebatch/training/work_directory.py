@@ -9,6 +9,7 @@ from absl import logging
 
 from tf_largebatch import files, locks
 from tf_largebatch.command_line import to_flagfile
+from tf_largebatch.data.sources import PIXELS
 from tf_largebatch.errors import UserError, summary
 from tf_largebatch.options import RunOptions
 from tf_largebatch.recipe import Recipe
@@ -71,6 +72,33 @@ def stored_fingerprints(work_dir: str, data: dict) -> dict | None:
   """
   path = os.path.join(work_dir, "recipe.json")
   return _read_recipe(path, data)[1].get("fingerprints") if _exists(path) else None
+
+
+def require_same_examples(
+  work_dir: str, stored: dict[str, str] | None, now: dict[str, str], advice: str
+) -> None:
+  """Refuses data whose fingerprints contradict those that a run has stored.
+
+  Args:
+    work_dir: the run's directory.
+    stored: see `stored_fingerprints`.
+    now: split → fingerprint of the data that are there.
+    advice: what the user should do, for the message.
+
+  Raises:
+    UserError: a split has other examples, or the same ones in another order.
+  """
+  if stored and any(_contradicts(stored[split], fingerprint) for split, fingerprint in now.items()):
+    raise UserError(
+      f"work_dir={work_dir} holds a run on other examples, or on the same ones in another order "
+      f"({stored} there, {now} now); {advice}."
+    )
+
+
+def _contradicts(stored: str, now: str) -> bool:
+  # Of decoded images, older versions stored a fingerprint of the files' bytes.
+  is_older = now.startswith(PIXELS) and not stored.startswith(PIXELS)
+  return stored != now and not is_older
 
 
 def _read_recipe(path: str, data: dict) -> tuple[Recipe, dict]:

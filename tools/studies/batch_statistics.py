@@ -99,11 +99,8 @@ def _open(work_dir: str, recipe: Recipe, data_dir: str) -> tuple:
   )
   now = {"train": training.fingerprint, "validation": validation.fingerprint}
   stored = work_directory.stored_fingerprints(work_dir, data)
-  if stored not in (None, now):
-    raise UserError(
-      f"{work_dir} holds a run on other examples, or on the same ones in another order ({stored} "
-      f"there, {now} now); give the data_dir that it began with."
-    )
+  advice = "give the data_dir that it began with"
+  work_directory.require_same_examples(work_dir, stored, now, advice)
   return recipe, training, validation
 
 
