@@ -67,7 +67,7 @@ def shrink(content: bytes, shorter_side: int, channels: int) -> bytes:
   try:
     with Image.open(io.BytesIO(content)) as header:
       width, height = header.size
-      is_jpeg = header.format == "JPEG"
+      is_jpeg = header.format in ("JPEG", "MPO")  # MPO: a JPEG that more pictures follow.
       subsampled = is_jpeg and JpegImagePlugin.get_sampling(header) in (1, 2)
   except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
     return content

@@ -64,6 +64,14 @@ def test_the_chroma_subsampling_stays(given, expected):
   assert JpegImagePlugin.get_sampling(opened(after)) == expected
 
 
+def test_a_jpeg_with_further_pictures_stays_a_jpeg():
+  first, second = picture(60, 50), picture(50, 60)
+  after = opened(
+    resized.shrink(encoded(first, format="MPO", save_all=True, append_images=[second]), _SIDE, 3)
+  )
+  assert (after.format, after.size) == ("JPEG", (29, 24))
+
+
 def test_grey_and_cmyk_files():
   grey = encoded(picture(60, 50, "L"))
   assert opened(resized.shrink(grey, _SIDE, 1)).mode == "L"
