@@ -206,10 +206,11 @@ def _plan_loader(recipe: Recipe, source, transform, size: int):
 
 def _image_loader(recipe: Recipe, source, transform, on_bad_example):
   """Returns the function that decodes and transforms one image, or one that replaces it."""
+  channels = len(recipe.channel_mean)
 
   def load_image(stored, draws):
     image, label = source.parse(stored) if source.image_shape is None else stored
-    image = _decode_and_crop(recipe, image, lambda shape: transform.crop(shape, draws))
+    image = decode_and_crop(image, lambda shape: transform.crop(shape, draws), channels)
     images = augmentation.resize(recipe, image[tf.newaxis])
     return transform.finish_one(recipe, images, draws), label
 
@@ -265,15 +266,14 @@ def _require_class(labels, source):
     return tf.identity(labels)
 
 
-def _decode_and_crop(recipe: Recipe, image, crop):
-  """Returns a part of an image, which may be encoded.
+def decode_and_crop(image, crop, channels: int):
+  """Returns a part of an image, which may be encoded, uint8 `[H, W, C]`.
 
   Args:
-    recipe: its channel_mean says how many channels to decode to.
     image: string scalar, or uint8 `[H, W, C]`.
     crop: shape → (top, left, height, width).
+    channels: C, to which an encoded image is decoded.
   """
-  channels = len(recipe.channel_mean)
 
   def cut(image):
     top, left, height, width = tf.unstack(crop(tf.shape(image)))

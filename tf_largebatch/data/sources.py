@@ -49,8 +49,6 @@ _RECORD_SOURCES = {"tfrecord": TFRecordSource, "array_record": ArrayRecordSource
 
 # A split whose images share one shape is decoded once and kept if it takes at most this and fits.
 _IN_MEMORY_BYTES = 2 * 2**30
-
-
 # Begins the fingerprint of such a split, which is of its pixels and labels: prepared on another
 # machine, the same PNGs can have other bytes.
 PIXELS = "pixels:"

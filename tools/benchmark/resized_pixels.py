@@ -15,6 +15,7 @@ import os
 from absl import flags
 
 from tf_largebatch.errors import UserError
+from tf_largebatch.recipe import Recipe
 from tools import output, program
 
 
@@ -36,19 +37,16 @@ def compare(datasets: list[str], split: str, data_dir: str, images: int, image_s
   """
   import tensorflow as tf
 
-  from tf_largebatch.data.augmentation import centre_crop
-  from tf_largebatch.data.input_pipeline import JPEG_DECODING
+  from tf_largebatch.data.augmentation import centre_crop, resize
+  from tf_largebatch.data.input_pipeline import decode_and_crop
   from tf_largebatch.data.sources import open_source
   from tools.benchmark.readers.pixels import Differences
 
+  recipe = Recipe(image_size=image_size)
+
   def evaluated(content):
-    if tf.io.is_jpeg(content):
-      pixels = tf.io.decode_jpeg(content, 3, **JPEG_DECODING)
-    else:
-      pixels = tf.io.decode_image(content, 3, expand_animations=False)
-    crop = tf.image.crop_to_bounding_box(pixels, *centre_crop(tf.shape(pixels)))
-    resized = tf.image.resize(crop, [image_size, image_size])
-    return tf.cast(resized + 0.5, tf.uint8).numpy().astype(int)
+    cropped = decode_and_crop(content, centre_crop, channels=3)
+    return resize(recipe, cropped[tf.newaxis])[0].numpy().astype(int)
 
   sources = {name: open_source(name, split, data_dir) for name in datasets}
   counts = {source.num_examples for source in sources.values()}

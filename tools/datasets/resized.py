@@ -17,7 +17,7 @@ from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from tf_largebatch.data import preparation
 from tf_largebatch.data.features import image_and_label
-from tf_largebatch.data.input_pipeline import JPEG_DECODING
+from tf_largebatch.data.input_pipeline import decode_and_crop
 from tf_largebatch.data.sources import open_source
 from tf_largebatch.errors import UserError
 from tools.datasets.image_checks import in_order
@@ -49,7 +49,7 @@ def prepare(dataset: str, shorter_side: int, data_dir: str, file_format: str | N
   name = f"{re.sub('[^a-z0-9_]', '_', base.lower())}_shorter{shorter_side}"
 
   def resized_examples(split: str) -> Iterator[tuple[bytes, int]]:
-    return _examples(dataset, split, data_dir, shorter_side)
+    return _examples(open_source(dataset, split, data_dir), split, shorter_side, shape[-1])
 
   builder_class = _make_builder_class(name, info, shorter_side, resized_examples)
   preparation.prepare_with(builder_class, data_dir, file_format)
@@ -75,10 +75,9 @@ def shrink(content: bytes, shorter_side: int, channels: int) -> bytes:
     return content
   try:
     # As the trainer decodes.
-    if is_jpeg:
-      pixels = tf.io.decode_jpeg(content, channels, **JPEG_DECODING)
-    else:
-      pixels = tf.io.decode_image(content, channels, expand_animations=False)
+    pixels = decode_and_crop(
+      tf.constant(content), lambda shape: [0, 0, shape[0], shape[1]], channels
+    )
   except tf.errors.InvalidArgumentError:
     return content
   scale = shorter_side / min(width, height)
@@ -127,13 +126,8 @@ def _make_builder_class(
   return ResizedImages
 
 
-def _examples(
-  dataset: str, split: str, data_dir: str, shorter_side: int
-) -> Iterator[tuple[bytes, int]]:
+def _examples(source, split: str, shorter_side: int, channels: int) -> Iterator[tuple[bytes, int]]:
   """Yields (resized image file, label) of each example, then logs how many were resized."""
-  info = tfds.builder(dataset, data_dir=data_dir).info
-  channels = info.features[image_and_label(info)[0]].shape[-1]
-  source = open_source(dataset, split, data_dir)
 
   def resize(index: int) -> tuple[bytes, bytes, int]:
     content, label = source.parse(source.record(index))
