@@ -111,6 +111,7 @@ _IMAGENET = {
   "batch_norm_momentum": 0.9,
   "batch_norm_epsilon": 1e-5,
   "dtype": "float32",
+  "evaluation_dtype": "weights",
   "per_worker_batch_size": 32,
   "epochs": 90,
   "reference_learning_rate": 0.1,

@@ -26,6 +26,7 @@ def test_the_defaults_are_the_papers():
     "channel_mean": None,
     "channel_std": None,
     "dtype": "float32",
+    "evaluation_dtype": "weights",
     "workers": None,
     "decay_power": 2.0,
     "trust_coefficient": 0.001,

@@ -46,6 +46,7 @@ DECAYS = ("steps", "cosine", "polynomial")
 OPTIMIZERS = ("momentum_corrected_sgd", "lars")
 AUGMENTATIONS = ("area_crop", "pad_crop", "none")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+EVALUATION_DTYPES = ("weights", "training")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,12 @@ class Recipe:
     "Precision of the computation. bfloat16 and float16 keep weights, statistics and loss in "
     "float32; float16 scales the loss dynamically.",
     choices=DTYPES,
+  )
+  evaluation_dtype: str = declare(
+    "weights",
+    "Precision of the evaluations. weights: that of the weights, float32 unless dtype is float64. "
+    "training: dtype, which in 16 bits is faster and changes the errors slightly.",
+    choices=EVALUATION_DTYPES,
   )
   workers: int | None = declare(
     None,

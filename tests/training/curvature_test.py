@@ -47,12 +47,12 @@ def _gradient_and_hessian(model, batch):
 
 
 def _measure(recipe, batch, g, weights=None, tolerance=1e-9):
-  model, evaluated = (make_model(recipe.per_worker_batch_size, "float64") for _ in range(2))
+  model, precise = (make_model(recipe.per_worker_batch_size, "float64") for _ in range(2))
   if weights is not None:
     model.set_weights(weights(model.get_weights()))
   options = RunOptions(workers_per_pass=g)
   strategy = tf.distribute.get_strategy()
-  return model, make_curvature(strategy, model, evaluated, recipe, options, tolerance)(batch)
+  return model, make_curvature(strategy, model, precise, recipe, options, tolerance)(batch)
 
 
 def _far_from_the_start(weights):

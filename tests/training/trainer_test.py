@@ -68,6 +68,18 @@ def test_the_curvature_is_recorded_and_changes_nothing(run, tmp_path):
     assert record["eigenvalue_residual"] <= 0.01 * abs(record["largest_eigenvalue"])
 
 
+def test_the_evaluations_dtype_changes_their_errors_and_losses_only(run, tmp_path):
+  directory, result = run
+  recipe = dataclasses.replace(RECIPE, evaluation_dtype="training")
+  assert train(tmp_path / "run", recipe)["weights_sha256"] == result["weights_sha256"]
+  precise, rounded = (
+    np.array([r["loss"] for r in read_metrics(str(path)) if r["kind"] == "eval"])
+    for path in (directory, tmp_path / "run")
+  )
+  assert not np.any(precise == rounded)
+  np.testing.assert_allclose(rounded, precise, rtol=0.02)
+
+
 def test_metrics(run):
   directory, result = run
   records = read_metrics(str(directory))

@@ -18,19 +18,22 @@ class Networks:
 
   Attributes:
     model: the network that is trained.
-    evaluated: the same network, computing in the weights' dtype; has weights of its own.
+    precise: the same network, computing in the weights' dtype; has weights of its own.
+    evaluated: the one of these two that is evaluated.
     optimizer: built for `model`.
     loss_scale: for float16; else None.
   """
 
   model: keras.Model
+  precise: keras.Model
   evaluated: keras.Model
   optimizer: MomentumCorrectedSGD
   loss_scale: LossScale | None
 
   def update_evaluated(self) -> None:
-    """Copies the trained weights to `evaluated`."""
-    self.evaluated.set_weights(self.model.get_weights())
+    """Copies the trained weights to `evaluated`, unless it is the trained network itself."""
+    if self.evaluated is not self.model:
+      self.evaluated.set_weights(self.model.get_weights())
 
 
 def build(strategy: tf.distribute.Strategy, recipe: Recipe, source, jit_compile: bool) -> Networks:
@@ -44,8 +47,9 @@ def build(strategy: tf.distribute.Strategy, recipe: Recipe, source, jit_compile:
   """
   with strategy.scope():
     model = build_model(recipe, source.num_classes)
-    evaluated = build_model(recipe, source.num_classes, "evaluation")
+    precise = build_model(recipe, source.num_classes, "evaluation")
     optimizer = build_optimizer(recipe, source.num_examples, jit_compile)
     optimizer.build(model.trainable_variables)
     loss_scale = LossScale() if recipe.dtype == "float16" else None
-  return Networks(model, evaluated, optimizer, loss_scale)
+  evaluated = model if recipe.evaluation_dtype == "training" else precise
+  return Networks(model, precise, evaluated, optimizer, loss_scale)

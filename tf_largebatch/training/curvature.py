@@ -50,7 +50,7 @@ _NO_DERIVATIVE = re.compile(r"gradient registry has no entry for: (\w+)")
 def make_curvature(
   strategy: tf.distribute.Strategy,
   model: keras.Model,
-  evaluated: keras.Model,
+  precise: keras.Model,
   recipe: Recipe,
   options: RunOptions,
   tolerance: float = 0.01,
@@ -60,7 +60,7 @@ def make_curvature(
   Args:
     strategy: whose replicas share it.
     model: whose weights are measured.
-    evaluated: the same network in the weights' dtype, in which it is computed: differences of
+    precise: the same network in the weights' dtype, in which it is computed: differences of
       bfloat16 numbers are too coarse for a second derivative.
     recipe: resolved.
     options: of these, workers_per_pass (None: 1) and those of the all-reduce.
@@ -74,7 +74,7 @@ def make_curvature(
 
     It raises a UserError if an operation of the network has no second derivative.
   """
-  begin, advance = _make_iteration(strategy, model, evaluated, recipe, options)
+  begin, advance = _make_iteration(strategy, model, precise, recipe, options)
 
   def curvature(batch) -> dict[str, float]:
     alphas, betas = [], []
@@ -113,7 +113,7 @@ def _largest_eigenvalue(alphas: list[float], betas: list[float]) -> tuple[float,
   return float(values[-1]), betas[-1] * abs(float(vectors[-1, -1]))
 
 
-def _make_iteration(strategy, model, evaluated, recipe: Recipe, options: RunOptions):
+def _make_iteration(strategy, model, precise, recipe: Recipe, options: RunOptions):
   """Builds two functions of a batch.
 
   Returns:
@@ -121,7 +121,7 @@ def _make_iteration(strategy, model, evaluated, recipe: Recipe, options: RunOpti
     advance: of v_j, v_{j−1} and β_{j−1} too; returns (v_{j+1}, v_j), α_j and β_j, the latter the
       same numbers on all tasks.
   """
-  variables, forward = Variables.of(model), make_forward(evaluated, recipe)
+  variables, forward = Variables.of(model), make_forward(precise, recipe)
   workers_on_replica = recipe.workers // strategy.num_replicas_in_sync
 
   def total_gradient(forward, batch):

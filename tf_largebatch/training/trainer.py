@@ -290,7 +290,7 @@ def _make_loop(
     bad=bad,
     stop=stop,
     noise=NoiseScale(recipe, metrics.records),
-    curvature=make_curvature(strategy, networks.model, networks.evaluated, recipe, options),
+    curvature=make_curvature(strategy, networks.model, networks.precise, recipe, options),
     alone=cluster.num_tasks == 1,
     done=done,
     seconds=seconds,

@@ -14,6 +14,7 @@ ones, while the others wait.
                   them. On a CPU, where a step has finished when it returns, the tool also reports
                   the share of the loop's time that is spent in the step; this share does not depend
                   on how fast the machine is
+  evaluate        an evaluation of the kn images, in the recipe's evaluation_dtype
   keras           the same network of stock Keras layers with Keras' SGD, in a plain compiled step
   fit             the same with `Model.fit`
   our_fit         the same with this package's `fit`
@@ -132,7 +133,7 @@ def _row(contender: Contender, found: dict, steps: int, work: dict, ceilings: di
   each = [report["seconds"] / steps for report in reports]
   seconds = statistics.median(each)
   images = recipe.global_batch_size
-  flops = images * work["flops"] / seconds
+  flops = images * work["forward_flops" if contender.kind == "evaluate" else "flops"] / seconds
   row = {
     "kind": contender.kind,
     "network": recipe.network,

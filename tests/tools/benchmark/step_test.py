@@ -28,15 +28,28 @@ def test_ratios_are_of_median_images_per_second():
 
   in_float32, in_bfloat16 = (ceiling_of(contender).name for contender in (fast, slow))
   assert in_float32 != in_bfloat16
+  # An evaluation is compared with products in its own dtype.
+  evaluation = parse_contender("evaluate:dtype=bfloat16", recipe, {})
+  assert ceiling_of(evaluation).name == in_float32
+  assert ceiling_of(parse_contender("evaluate:evaluation_dtype=training", recipe, {})).name == (
+    in_float32
+  )
+  in_16_bits = parse_contender("evaluate:dtype=bfloat16:evaluation_dtype=training", recipe, {})
+  assert ceiling_of(in_16_bits).name == in_bfloat16
   results = {
     "ours": found(8, 4, 40),
     slow.name: found(8, 8, 2),
+    evaluation.name: found(4, 4, 4),
     in_float32: found(2, 1, 9),
     in_bfloat16: found(3, 4, 8),
   }
-  work = {"ours": {"flops": 10, "parameters": 7}, slow.name: {"flops": 20, "parameters": 1}}
-  summary = step.summarize([fast, slow], results, 2, work)
-  ours, keras = summary["contenders"].values()
+  work = {
+    "ours": {"flops": 10, "parameters": 7},
+    slow.name: {"flops": 20, "parameters": 1},
+    evaluation.name: {"forward_flops": 3, "flops": 10, "parameters": 7},
+  }
+  summary = step.summarize([fast, slow, evaluation], results, 2, work)
+  ours, keras, evaluated = summary["contenders"].values()
   # Two steps per repeat: medians of 4 s and 4 s per step, of 64 and of 32 images.
   assert ours["images_per_second"] == 16 and keras["images_per_second"] == 8
   assert (ours["ratio"], keras["ratio"]) == (1, 2)
@@ -49,6 +62,8 @@ def test_ratios_are_of_median_images_per_second():
   assert ours["gradient_bytes"] == 28
   assert ours["share_of_ceiling"] == 160 / (16 * 2048**3)
   assert keras["share_of_ceiling"] == 160 / (8 * 2048**3)
+  # 64 images in 2 s, with the FLOPs of the forward pass alone.
+  assert evaluated["images_per_second"] == 32 and evaluated["flops_per_second"] == 96
 
 
 def test_a_real_run(tmp_path):
@@ -57,7 +72,7 @@ def test_a_real_run(tmp_path):
     "tools.benchmark.step",
     *("--network=resnet8", "--image_size=8", "--per_worker_batch_size=2", "--repeats=2"),
     "--contenders=ours:workers=2:tasks=2,loop,keras:workers=2,fit,our_fit:workers=2,"
-    "torch:network=resnet50",
+    "evaluate:dtype=bfloat16,torch:network=resnet50",
     *(f"--json={path}", "--profile"),
     timeout=240,
   )
@@ -78,6 +93,9 @@ def test_a_real_run(tmp_path):
   assert 0.2 < rows["loop"]["share_of_bare_step"] < 5
   assert "share_of_bare_step" not in rows["keras:workers=2"]
   # A contender that cannot run does not stop the others.
+  evaluation = rows["evaluate:dtype=bfloat16"]
+  assert evaluation["images_per_second"] == 2 / evaluation["step_seconds"]
+  assert not any("Backprop" in operation for operation in evaluation["operations"])
   missing = "not measured: torch:network=resnet50: No module named 'torch'"
   assert ("torch:network=resnet50" in rows) != (missing in process.stderr)
   assert found["versions"]["tensorflow"] and found["hardware"]["cores"] >= 1

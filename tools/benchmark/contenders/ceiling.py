@@ -12,9 +12,9 @@ _PRODUCTS = 8  # In what is timed as one step.
 
 def ceiling_of(contender: Contender) -> Contender:
   """The matrix product in the contender's dtype on its cores."""
-  dtype, cores = contender.recipe["dtype"], contender.cores
+  dtype, cores = contender.compute_dtype, contender.cores
   name = f"matrix product, {dtype}, {cores} cores or a GPU"
-  return Contender(name, "product", contender.recipe, {}, {}, cores=cores)
+  return Contender(name, "product", contender.recipe | {"dtype": dtype}, {}, {}, cores=cores)
 
 
 def make_product(contender: Contender, cluster) -> Runner:
@@ -46,7 +46,11 @@ def product_flops(gpu: bool) -> float:
 
 @functools.cache  # Contenders often share a recipe.
 def count_work(recipe: Recipe) -> dict[str, int]:
-  """ "flops" of one image's forward and backward pass, and trainable "parameters"."""
+  """What an image costs, and what is trained.
+
+  Returns:
+    "forward_flops", "flops" (of the forward and backward pass) and trainable "parameters".
+  """
   import keras
 
   from tf_largebatch.models.networks import build_model
@@ -62,4 +66,4 @@ def count_work(recipe: Recipe) -> dict[str, int]:
       first = flops if first is None else first
       forward += flops
   parameters = sum(variable.shape.num_elements() for variable in model.trainable_variables)
-  return {"flops": 3 * forward - first, "parameters": parameters}
+  return {"forward_flops": forward, "flops": 3 * forward - first, "parameters": parameters}

@@ -10,7 +10,8 @@ from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
 from tools.forecasting.layers import usual_classes
 
-KINDS = ("ours", "loop", "keras", "fit", "our_fit", "torch", "torch_compiled")
+KINDS = ("ours", "loop", "evaluate", "keras", "fit", "our_fit", "torch", "torch_compiled")
+OURS = ("ours", "loop", "evaluate")
 # Run options that decide how a step is computed.
 STEP_OPTIONS = ("workers_per_pass", "jit_compile", "allreduce_dtype", "bytes_per_pack")
 _MOST_TASKS = 1000
@@ -43,7 +44,15 @@ class Contender:
   @property
   def is_ours(self) -> bool:
     """Whether it trains this package's model, and so in its environment."""
-    return self.kind in ("ours", "loop") or self.layers == "ours"
+    return self.kind in OURS or self.layers == "ours"
+
+  @property
+  def compute_dtype(self) -> str:
+    """The dtype of most of its FLOPs."""
+    dtype = self.recipe["dtype"]
+    if self.kind == "evaluate" and self.recipe["evaluation_dtype"] == "weights":
+      return "float64" if dtype == "float64" else "float32"
+    return dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +121,8 @@ def _check_support(text: str, kind: str, recipe: dict, tasks: int):
     raise UserError(f"--contenders={text}: tasks={tasks} must divide the workers.")
   if kind.startswith("torch") and recipe["network"] != "resnet50":
     raise UserError(f"--contenders={text}: in PyTorch only network=resnet50 is implemented.")
-  if recipe["dtype"] == "float64" and kind not in ("ours", "loop"):
-    raise UserError(f"--contenders={text}: only ours and loop support dtype=float64.")
+  if recipe["dtype"] == "float64" and kind not in OURS:
+    raise UserError(f"--contenders={text}: only {', '.join(OURS)} support dtype=float64.")
   if tasks > 1 and kind != "ours":
     raise UserError(f"--contenders={text}: only ours supports several tasks.")
 

@@ -1,4 +1,4 @@
-"""This package as a contender: its compiled step, and the trainer's loop around it."""
+"""This package as a contender: its compiled step, the trainer's loop around it, its evaluation."""
 
 import itertools
 import tempfile
@@ -40,6 +40,28 @@ def make_ours(contender: Contender, cluster) -> Runner:
   if contender.kind == "loop":
     return _make_loop(model, optimizer, recipe, train_step, batch, Runner(run_bare, passes))
   return Runner(run_bare, passes)
+
+
+def make_evaluation(contender: Contender, cluster) -> Runner:
+  """Builds the evaluation of the kn images; one call of the compiled function is a step."""
+  import tensorflow as tf
+
+  from tf_largebatch.distributed.strategy import make_strategy
+  from tf_largebatch.models.networks import build_model
+  from tf_largebatch.training.step import make_evaluation_step
+
+  strategy = make_strategy(cluster)
+  recipe = Recipe(**contender.recipe)
+  purpose = "training" if recipe.evaluation_dtype == "training" else "evaluation"
+  with strategy.scope():
+    model = build_model(recipe, usual_classes(recipe.network), purpose)
+  evaluation_step = make_evaluation_step(strategy, model)
+  images, labels = random_batch(recipe, recipe.global_batch_size)
+  batch = tuple(map(tf.constant, (images, labels, [1.0] * len(labels))))
+  stop = tf.constant(0.0)
+  return Runner(
+    lambda steps: [float(evaluation_step(batch, stop)[0]) for _ in range(steps)][-1], passes=1
+  )
 
 
 def _distribute_batch(strategy, recipe: Recipe):

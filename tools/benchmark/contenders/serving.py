@@ -15,13 +15,14 @@ from tf_largebatch.recipe import Recipe
 from tools.benchmark import harness
 from tools.benchmark.contenders.ceiling import make_product
 from tools.benchmark.contenders.contender import Contender, Runner
-from tools.benchmark.contenders.ours import make_ours
+from tools.benchmark.contenders.ours import make_evaluation, make_ours
 from tools.benchmark.contenders.pytorch import make_torch
 from tools.benchmark.contenders.stock_keras import make_fit, make_keras
 
 _MAKERS = {
   "ours": make_ours,
   "loop": make_ours,
+  "evaluate": make_evaluation,
   "keras": make_keras,
   "fit": make_fit,
   "our_fit": make_fit,

@@ -26,4 +26,8 @@ def test_flops_of_resnet50():
         total += side**2 * inputs * 4 * filters
       inputs = 4 * filters
   assert total == 4_089_184_256
-  assert count_work(recipe) == {"flops": 2 * (3 * total - stem), "parameters": 25_557_032}
+  assert count_work(recipe) == {
+    "forward_flops": 2 * total,
+    "flops": 2 * (3 * total - stem),
+    "parameters": 25_557_032,
+  }
