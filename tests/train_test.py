@@ -43,20 +43,28 @@ def test_a_run_and_its_repetition_from_flags_txt(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-  "cores, tasks, given, expected",
+  "affinity, quota, workers, tasks, given, intra, inter",
   [
-    ({3}, 2, None, "2"),  # TensorFlow would start one thread, which the all-reduce blocks.
-    ({3}, 2, "1", "1"),  # The user's.
-    ({3}, 1, None, None),
-    ({3, 5}, 2, None, None),
+    # TensorFlow would start one inter-op thread, which the all-reduce blocks.
+    (1, 1, 1, 2, None, "1", "2"),
+    (1, 1, 1, 2, "1", "1", "1"),  # The user's.
+    (1, 1, 1, 1, None, None, None),
+    (2, 2, 1, 2, None, None, None),
+    (2, 2, 2, 1, None, "1", None),  # Two passes at once.
+    (8, 8, 2, 1, None, None, None),
+    # TensorFlow would start 8 of each.
+    (8, 3, 2, 1, None, "3", "3"),
+    (8, 2, 2, 1, None, "1", "2"),
   ],
 )
-def test_a_task_on_one_core_has_two_inter_op_threads(monkeypatch, cores, tasks, given, expected):
-  monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)
+def test_threads_fit_the_cores(monkeypatch, affinity, quota, workers, tasks, given, intra, inter):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)))
+  monkeypatch.setattr(train, "usable_cores", lambda: quota)
   environ = {} if given is None else {"TF_NUM_INTEROP_THREADS": given}
   monkeypatch.setattr(os, "environ", environ)
-  train.set_environment(Recipe(), tasks)
-  assert environ.get("TF_NUM_INTEROP_THREADS") == expected
+  train.set_environment(Recipe(workers=workers), tasks)
+  found = [environ.get(f"TF_NUM_{kind}_THREADS") for kind in ("INTRAOP", "INTEROP")]
+  assert found == [intra, inter]
 
 
 def test_the_start_does_not_import_matplotlib():

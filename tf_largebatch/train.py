@@ -19,6 +19,7 @@ from absl import app, flags, logging
 from tf_largebatch import command_line, foreign_settings, standard_streams
 from tf_largebatch.distributed.cluster import read_cluster
 from tf_largebatch.errors import InterruptedRunError, UserError
+from tf_largebatch.machine import thread_settings, usable_cores
 from tf_largebatch.recipe import Recipe
 from tf_largebatch.signals import StopRequest, end_process, print_line
 
@@ -50,12 +51,14 @@ def set_environment(recipe: Recipe, num_tasks: int = 1):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # No INFO lines.
   # TensorFlow itself uses oneDNN only on CPUs with AVX-512, but it is faster with AVX2 too.
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-  if (recipe.workers or 1) >= 2 and (os.cpu_count() or 1) <= 2:
+  cores = usable_cores()
+  if (recipe.workers or 1) >= 2 and cores <= 2:
     # Two workers' passes at once, one thread each, beat two threads for each op of one pass.
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
-  if num_tasks > 1 and len(os.sched_getaffinity(0)) == 1:
-    # With one inter-op thread, the all-reduce would wait until backprop has ended.
-    os.environ.setdefault("TF_NUM_INTEROP_THREADS", "2")
+  # TensorFlow would start a thread for each core of the machine: it does not see a quota.
+  if cores < len(os.sched_getaffinity(0)) or (cores == 1 and num_tasks > 1):
+    for name, value in thread_settings(cores).items():
+      os.environ.setdefault(name, value)
 
 
 def adapt_to_surroundings():

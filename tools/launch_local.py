@@ -33,6 +33,7 @@ from typing import IO
 from absl import flags
 
 from tf_largebatch.errors import UserError
+from tf_largebatch.machine import thread_settings, usable_cores
 from tf_largebatch.signals import next_signal, stop_signals
 from tools import program
 
@@ -67,11 +68,9 @@ def free_addresses(count: int) -> list[str]:
 
 def task_environment(addresses: list[str], index: int) -> dict[str, str]:
   """Returns the environment of task `index` of a cluster of workers, with its share of cores."""
-  threads = max(1, len(os.sched_getaffinity(0)) // len(addresses))
+  threads = max(1, usable_cores() // len(addresses))
   return {
-    "TF_NUM_INTRAOP_THREADS": str(threads),
-    # With one, the all-reduce would wait until backprop has ended.
-    "TF_NUM_INTEROP_THREADS": str(max(2, threads)),
+    **thread_settings(threads),
     "OMP_NUM_THREADS": str(threads),
     **os.environ,
     "PYTHONUNBUFFERED": "1",

@@ -14,6 +14,7 @@ import pytest
 
 from tests.launching import ROOT, run_module, suspend
 from tf_largebatch.distributed.cluster import read_cluster
+from tf_largebatch.machine import usable_cores
 
 
 @contextlib.contextmanager
@@ -102,7 +103,7 @@ print(json.dumps([sys.argv[1:], *(os.environ[name] for name in names)]))
     clusters[int(rank)] = read_cluster({"TF_CONFIG": tf_config})
     assert set(json.loads(tf_config)["cluster"]) == {"worker"}
     assert arguments == ["--a=1", "--b", "c d"]
-    share = len(os.sched_getaffinity(0)) // 3
+    share = usable_cores() // 3
     assert (intra, inter, openmp) == ("7", str(max(2, share)), str(max(1, share)))
   assert sorted(clusters) == [0, 1, 2]
   for rank, cluster in clusters.items():
