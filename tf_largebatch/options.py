@@ -80,7 +80,7 @@ class RunOptions:
   workers_per_pass: int | None = declare(
     None,
     "g, workers that a device takes through the network at once. auto (the default): 1 on a CPU; "
-    "on a GPU the fastest, measured at the start.",
+    "on a GPU the fastest, measured at the first start and kept in work_dir.",
     at_least=1,
     below=2**31,
   )

@@ -248,7 +248,9 @@ def _make_loop(
 ) -> Loop:
   """Builds the training step, its batches and the evaluation."""
   recipe, cluster, strategy = run.recipe, run.cluster, run.strategy
-  options = with_workers_per_pass(run.options, strategy, networks.model, recipe)
+  options = with_workers_per_pass(
+    run.options, strategy, networks.model, recipe, keep=cluster.is_chief
+  )
   done, seconds = (restored.step, restored.seconds) if restored else (0, 0.0)
   bad = None
   if options.bad_examples == "skip":
