@@ -131,15 +131,19 @@ def _read(photograph: pathlib.Path) -> Image.Image:
     ) from error
 
 
-def _encode(image: _Image, subsampling: str = "4:4:4") -> bytes:
-  """Returns the image file: a crop 600 to 1600 pixels long, less if the photograph is small."""
+def _encode(image: _Image, subsampling: str = "4:4:4", long_side: int = 500) -> bytes:
+  """Returns the image file.
+
+  It shows a crop of the photograph that is 1.2 to 3.2 times as long as the image, or less if the
+  photograph is too small.
+  """
   rng = np.random.default_rng(image.seed)
   photograph = _read(image.photograph)
   shape = (3, 4) if rng.random() < 0.25 else (4, 3)
-  unit = min(rng.integers(600, 1601) / 4, *np.divide(photograph.size, shape))
+  unit = min(rng.integers(600, 1601) / 4 * (long_side / 500), *np.divide(photograph.size, shape))
   crop = np.multiply(unit, shape)
   left, top = rng.uniform(0, np.subtract(photograph.size, crop))
-  long_side = _LONG_SIDE.get(image.kind, 500)
+  long_side = _LONG_SIDE.get(image.kind, long_side)
   size = tuple(long_side * side // 4 for side in shape)
   box = (left, top, left + crop[0], top + crop[1])
   picture = photograph.resize(size, Image.Resampling.LANCZOS, box)
@@ -258,7 +262,7 @@ def _make(
   train_images: int,
   validation_images: int,
   seed: int,
-  subsampling: str,
+  encode: Callable[[_Image], bytes],
 ) -> str:
   """Makes both tars in `manual_dir`, or neither, and returns a line about them.
 
@@ -271,7 +275,7 @@ def _make(
       raise UserError(
         f"{manual_dir / name} exists and is not overwritten; give another --data_dir."
       )
-  encode, sizes = functools.partial(_encode, subsampling=subsampling), []
+  sizes = []
   try:
     manual_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=manual_dir, prefix=".photographs-") as scratch:
@@ -302,7 +306,10 @@ def main() -> None:
   folder = values.photographs
   folder = None if folder is None else pathlib.Path(folder).expanduser()
   counts = (values.train_images, values.validation_images)
-  print(_make(manual_dir, folder, *counts, values.seed, values.chroma_subsampling))
+  encode = functools.partial(
+    _encode, subsampling=values.chroma_subsampling, long_side=values.long_side
+  )
+  print(_make(manual_dir, folder, *counts, values.seed, encode))
 
 
 def define_flags() -> None:
@@ -326,6 +333,9 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer(
     "seed", 0, "Seed of the crops, the shapes and the JPEG qualities.", lower_bound=0
+  )
+  flags.DEFINE_integer(
+    "long_side", 500, "Length in pixels of most images; 4000 makes 12 megapixels.", lower_bound=8
   )
   flags.DEFINE_enum(
     "chroma_subsampling",
