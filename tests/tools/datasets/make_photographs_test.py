@@ -219,6 +219,13 @@ def test_the_chroma_subsampling_is_chosen(subsampling, expected, tmp_path, photo
   assert found == {expected}
 
 
+def test_the_size_is_chosen(tmp_path, photographs):
+  images = ("--train_images=1", "--validation_images=6")
+  assert _run(tmp_path, photographs, *images, "--long_side=120").returncode == 0
+  _, _, validation = _read_files(tmp_path)
+  assert {max(_open(content).size) for content in validation.values()} == {120}
+
+
 def test_crops_are_600_to_1600_pixels_long_and_lie_anywhere(tmp_path):
   """The colour of each pixel of the photograph encodes its position."""
   width, height, steps = 2400, 1800, np.arange(256)
