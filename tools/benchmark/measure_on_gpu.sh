@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures what only a GPU can show: steps compared with PyTorch's, g, NCCL, real JPEGs.
+# Measures what only a GPU can show: steps compared with PyTorch's, evaluation, g, NCCL, real JPEGs.
 #
 #   tools/benchmark/measure_on_gpu.sh OUT [DATA_DIR]
 #
@@ -54,6 +54,8 @@ step workers --dtype=bfloat16 --workers=8 --per_worker_batch_size=32 \
   --contenders=ours:workers_per_pass=8,ours:workers_per_pass=1,torch_compiled:workers=1:per_worker_batch_size=256,loop
 step float32 --dtype=float32 --per_worker_batch_size=32 --contenders=ours,torch_compiled
 step float16 --dtype=float16 --per_worker_batch_size=32 --contenders=ours,torch_compiled
+step evaluation --dtype=bfloat16 --per_worker_batch_size=128 \
+  --contenders=evaluate:evaluation_dtype=training,evaluate,ours
 part tests 300 python3 -m pytest -q tests/training/step_test.py \
   tests/training/workers_per_pass_test.py tests/models/normalization_test.py
 
