@@ -148,7 +148,7 @@ def _write(name: str, picture: bytes, numbers: dict):
 
 def _try_branches(values: flags.FlagValues):
   """Trains the branches, and says up to which kn the loss comes back."""
-  others = _whole_numbers(values.workers)
+  others = program.whole_numbers("--workers", values.workers)
   # Imports TensorFlow, so not before the flags have been checked.
   from tools.studies import branches
 
@@ -177,12 +177,6 @@ def _try_branches(values: flags.FlagValues):
     ],
   }
   _write("branches", _draw_branches(outcomes), numbers)
-
-
-def _whole_numbers(words: list[str]) -> list[int]:
-  if not words or not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
-    raise UserError(f"--workers={','.join(words)!r} is refused; give whole numbers above 0.")
-  return [int(word) for word in words]
 
 
 def _branch_line(branch, own) -> str:

@@ -76,12 +76,6 @@ def define_flags():
   flags.DEFINE_bool("paper", False, "Compare with the paper's figures.")
 
 
-def whole_numbers(name: str, words: list[str]) -> list[int]:
-  if not words or not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
-    raise UserError(f"{name}={','.join(words)!r} is refused; it must be whole numbers, 1 to 1e9.")
-  return [positive(name, int(word)) for word in words]
-
-
 def _check_flags(values: flags.FlagValues):
   for name in _POSITIVE_FLAGS:
     if values[name].value is not None:
@@ -144,7 +138,7 @@ def report(values: flags.FlagValues) -> dict:
   points = [point for path in values.allreduce for point in read_points(path)]
   found = {"step_jitter": step.jitter}
   if values.tasks:
-    tasks = whole_numbers("tasks", values.tasks)
+    tasks = program.whole_numbers("tasks", values.tasks)
     # Tasks that share cores also send more slowly, so points of as many tasks are preferred.
     fits = {t: fit([p for p in points if p[2] == t] or points) for t in tasks if t > 1}
     workers = values.workers or step_workers
@@ -159,7 +153,7 @@ def report(values: flags.FlagValues) -> dict:
       network_latency=found["fit"]["latency_seconds"],
       network_bandwidth=found["fit"]["bandwidth_bytes_per_second"],
     )
-  gpus = whole_numbers("gpus", values.gpus)
+  gpus = program.whole_numbers("gpus", values.gpus)
   rows = forecast_gpus(step, cluster, gpus, values.epochs * values.epoch_examples, overhead)
   shown = next((row for row in rows if not row["hidden"]), {})
   found[_SHOWN] = shown.get("gpus")

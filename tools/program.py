@@ -34,6 +34,18 @@ def run(
   )
 
 
+def whole_numbers(name: str, words: list[str]) -> list[int]:
+  """Returns the numbers of a list-valued flag.
+
+  Raises:
+    UserError: there are none, or one is not a whole number from 1 to 10^9.
+  """
+  numbers = [int(word) for word in words if word.isascii() and word.isdigit() and len(word) < 10]
+  if not words or len(numbers) < len(words) or 0 in numbers:
+    raise UserError(f"{name}={','.join(words)!r} is refused; it must be whole numbers, 1 to 1e9.")
+  return numbers
+
+
 def call(
   main: Callable[..., int | None], arguments: list[str], takes_arguments: bool = False
 ) -> int:

@@ -150,7 +150,7 @@ def test_table_says_where_communication_shows(flags, last):
     (("--step_seconds=1", "--backward_share=1.5"), "backward_share=1.5 is refused"),
     (("--step_seconds=1", "--gpus=8,x"), "gpus='8,x' is refused"),
     (("--step_seconds=1", "--gpus="), "gpus='' is refused"),
-    (("--step_seconds=1", "--gpus=0"), "gpus=0 is refused"),
+    (("--step_seconds=1", "--gpus=0"), "gpus='0' is refused"),
     (("--step_seconds=1", "--gpus=12"), "gpus=12 must be a multiple"),
     (("--step_seconds=1", "--tasks=2"), "--allreduce=FILE must have points"),
     (("--step_seconds=1", "--tasks=1,3"), "--allreduce=FILE must have points"),
