@@ -134,7 +134,9 @@ def decide(runs: Runs) -> list[Answer]:
       runs, "why.2", "as many steps as kn = 128 takes mend kn = 1024", "equal", SAME_STEPS
     ),
     _decide_search(runs, "why.3", "a searched rate mends kn = 1024", RATES),
-    _decide_search(runs, "why.4", "a searched rate at these steps mends it", STEPS_RATES),
+    _decide_search(
+      runs, "why.4", "a searched rate and as many steps as kn = 128 takes mend it", STEPS_RATES
+    ),
     _decide_search(runs, "why.5", "a warmup of 4 or 8 epochs mends it", WARMUPS),
     _decide_momentum(runs),
     _decide_eigenvalue(runs),

@@ -12,7 +12,7 @@ from tools.studies.verdicts import DELTA
 
 _BLACK, _BLUE, _ORANGE = COLOURS[:3]
 _SHARE_TICKS = (0.1, 1, 10, 100)
-_TICKS = (9, 10, 11, 12, 15, 20, 30, 50, 90)
+_TICKS = (9, 10, 12, 15, 20, 30, 50, 90)
 
 
 def draw(runs: Runs, statistics: answers_n.Statistics, links: list[dict]) -> dict[str, bytes]:

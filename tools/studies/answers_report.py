@@ -14,7 +14,7 @@ from tools.studies.verdicts import NOT_DECIDABLE, NOT_REPRODUCED, PENDING, REPRO
 _MENDS = {
   "why.2": "taking as many steps as kn = 128",
   "why.3": "another rate at the same epochs",
-  "why.4": "another rate at these steps",
+  "why.4": "another rate and as many steps as kn = 128 takes",
   "why.5": "a longer warmup",
   "why.6": "leaving out momentum",
 }
