@@ -105,7 +105,6 @@ _IMAGENET = {
   "validation_split": "validation",
   "image_size": 224,
   "augmentation": "area_crop",
-  "scaled_jpeg_decoding": False,
   "channel_mean": (123.675, 116.28, 103.53),
   "channel_std": (58.395, 57.12, 57.375),
   "last_gamma": 0.0,

@@ -23,7 +23,6 @@ def test_the_defaults_are_the_papers():
     "validation_split": None,
     "image_size": None,
     "augmentation": None,
-    "scaled_jpeg_decoding": False,
     "channel_mean": None,
     "channel_std": None,
     "dtype": "float32",

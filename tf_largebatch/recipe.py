@@ -82,12 +82,6 @@ class Recipe:
     "Default: pad_crop for square images of one size up to 64 pixels, else area_crop.",
     choices=AUGMENTATIONS,
   )
-  scaled_jpeg_decoding: bool = declare(
-    False,
-    "Decode large JPEGs at 1/2, 1/4 or 1/8 of their size while both sides of the crop keep at "
-    "least image_size pixels. Faster for photographs of several megapixels, with other pixels "
-    "(docs/data.md).",
-  )
   channel_mean: tuple[float, ...] | None = declare(
     None,
     "Mean of each channel, 0 to 255. Default: the data set's if known, else ImageNet's.",

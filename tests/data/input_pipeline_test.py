@@ -1,12 +1,10 @@
 """Batches have the examples of their workers, and the same augmentation on every cluster."""
 
 import dataclasses
-import io
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
 
 from tf_largebatch.data import input_pipeline, shuffle, sources
 from tf_largebatch.recipe import Recipe
@@ -207,57 +205,6 @@ def test_encoded_images_are_cropped_as_decoded_ones(encode):
     difference = make(EncodedSource(encoded)).astype(int) - make(array).astype(int)
     # Decoding a part of a JPEG may round the chroma at the crop's edge differently.
     assert np.max(np.abs(difference)) <= (0 if encode is tf.io.encode_png else 2)
-
-
-@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
-@pytest.mark.parametrize(
-  "keep, window, ratio",
-  [
-    (150, (103, 207, 300, 512), 2),
-    (151, (103, 207, 300, 512), 1),  # 300 / 2 < 151.
-    (128, (103, 207, 600, 511), 2),  # 511 / 4 < 128.
-    (127, (103, 207, 600, 511), 4),
-    (7, (0, 0, 901, 1203), 8),
-    (7, (845, 1147, 56, 56), 8),  # The last corner.
-  ],
-)
-def test_scaled_decoding_keeps_enough_pixels(keep, window, ratio, subsampling):
-  rng = np.random.default_rng(0)
-  coarse = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8))
-  file = io.BytesIO()
-  coarse.resize((1203, 901), Image.Resampling.BICUBIC).save(
-    file, "JPEG", quality=90, subsampling=subsampling
-  )
-  found = input_pipeline.decode_and_crop(
-    tf.constant(file.getvalue()), lambda shape: list(window), 3, keep
-  ).numpy()
-  picture = Image.open(file)
-  picture.draft("RGB", (1203 // ratio, 901 // ratio))  # libjpeg's scaled decoding.
-  assert picture.size == (-(-1203 // ratio), -(-901 // ratio))
-  top, left, height, width = (side // ratio for side in window)
-  assert min(height, width) >= keep
-  expected = np.asarray(picture)[top : top + height, left : left + width]
-  difference = np.abs(found.astype(int) - expected)
-  # At full size, decoding a part rounds the chroma at the crop's edge differently.
-  edge = 2 if (ratio, subsampling) == (1, "4:2:0") else 0
-  assert found.shape == expected.shape
-  assert not difference[edge : height - edge, edge : width - edge].any()
-
-
-def test_scaled_decoding_is_the_recipes_choice():
-  """In training and in evaluation; the two decodings of noise differ widely."""
-  noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3)).astype(np.uint8)
-  source = EncodedSource(tf.io.encode_jpeg(noise).numpy())
-  recipe = dataclasses.replace(RECIPE, augmentation="area_crop", image_size=16)
-  scaled = dataclasses.replace(recipe, scaled_jpeg_decoding=True)
-  for make in (
-    lambda recipe: task_batches(recipe, source, 1, 1, 0, 1)[0][0][0],
-    lambda recipe: next(evaluation(recipe, source, 24, 1, 1)[0])[0],
-  ):
-    exact, smooth = make(recipe).astype(float), make(scaled).astype(float)
-    # A mean over 4 × 4 pixels or more has far less noise.
-    assert exact.std() > 3 * smooth.std()
-    assert exact.mean() == pytest.approx(smooth.mean(), abs=8)
 
 
 def evaluation(recipe, source, batch_size, tasks, replicas):

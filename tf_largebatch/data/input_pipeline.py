@@ -24,8 +24,6 @@ REPLACEMENTS = 8
 # Decodes to the same pixels as Pillow. libjpeg's fast DCT, TensorFlow's default, is off by one grey
 # level and saves nothing, because Huffman decoding takes most of the time.
 JPEG_DECODING = {"dct_method": "INTEGER_ACCURATE", "fancy_upscaling": True}
-# By which libjpeg can divide an image's sides while it decodes.
-_JPEG_RATIOS = (1, 2, 4, 8)
 # Data sets convert functions with AutoGraph, which ours do not need and which takes long.
 _as_written = tf.autograph.experimental.do_not_convert
 # Few, because one step of a device that carries many workers takes gigabytes.
@@ -209,11 +207,10 @@ def _plan_loader(recipe: Recipe, source, transform, size: int):
 def _image_loader(recipe: Recipe, source, transform, on_bad_example):
   """Returns the function that decodes and transforms one image, or one that replaces it."""
   channels = len(recipe.channel_mean)
-  keep = recipe.image_size if recipe.scaled_jpeg_decoding else None
 
   def load_image(stored, draws):
     image, label = source.parse(stored) if source.image_shape is None else stored
-    image = decode_and_crop(image, lambda shape: transform.crop(shape, draws), channels, keep)
+    image = decode_and_crop(image, lambda shape: transform.crop(shape, draws), channels)
     images = augmentation.resize(recipe, image[tf.newaxis])
     return transform.finish_one(recipe, images, draws), label
 
@@ -269,15 +266,13 @@ def _require_class(labels, source):
     return tf.identity(labels)
 
 
-def decode_and_crop(image, crop, channels: int, keep: int | None = None):
+def decode_and_crop(image, crop, channels: int):
   """Returns a part of an image, which may be encoded, uint8 `[H, W, C]`.
 
   Args:
     image: string scalar, or uint8 `[H, W, C]`.
     crop: shape → (top, left, height, width).
     channels: C, to which an encoded image is decoded.
-    keep: JPEGs are decoded at the smallest scale of 1, 1/2, 1/4 and 1/8 at which both sides of the
-      part have at least so many pixels; None: at their full size.
   """
 
   def cut(image):
@@ -285,18 +280,10 @@ def decode_and_crop(image, crop, channels: int, keep: int | None = None):
     return image[top : top + height, left : left + width]
 
   def decode_jpeg():
-    window = tf.convert_to_tensor(crop(tf.io.extract_jpeg_shape(image)))
-
-    def decode(ratio):  # Only the blocks of the crop.
-      return tf.io.decode_and_crop_jpeg(
-        image, window // ratio, channels=channels, ratio=ratio, **JPEG_DECODING
-      )
-
-    if keep is None:
-      return decode(1)
-    enough = tf.reduce_min(window[2:]) // keep >= tf.constant(_JPEG_RATIOS[1:])
-    branches = [functools.partial(decode, ratio) for ratio in _JPEG_RATIOS]
-    return tf.switch_case(tf.reduce_sum(tf.cast(enough, tf.int32)), branches)
+    # Decodes only the blocks of the crop.
+    return tf.io.decode_and_crop_jpeg(
+      image, crop(tf.io.extract_jpeg_shape(image)), channels=channels, **JPEG_DECODING
+    )
 
   def decode_other():
     return cut(tf.io.decode_image(image, channels=channels, expand_animations=False))

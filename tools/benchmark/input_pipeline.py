@@ -10,7 +10,6 @@ of 32.
 
   ours               `input_pipeline.train_dataset`, called as a training run calls it
   ours in order      the same in the order of the shards: shows what the exact shuffle costs
-  ours scaled        with --scaled_jpeg_decoding
   decode whole       simple tf.data: shards in order, whole images decoded and then cropped
   model garden       the TensorFlow Model Garden's input for ResNet (official/vision): interleaved
                      shards, a shuffle buffer of 10 000 records; float32, normalised

@@ -1,7 +1,6 @@
-"""How far are the pixels of a resized data set, or of scaled decoding, from the original's?
+"""How far are the pixels of a resized data set from those of the original?
 
   python -m tools.benchmark.resized_pixels imagenet2012 imagenet2012_shorter480 --data_dir=data
-  python -m tools.benchmark.resized_pixels imagenet2012 --scaled_jpeg_decoding --data_dir=data
 
 Compares each further data set with the first, example by example, as an evaluation would see them:
 the centre crop, resized to --image_size. The table shows the mean size of a file and, in grey
@@ -27,52 +26,40 @@ def define_flags():
   flags.DEFINE_string("split", "validation", "Split to compare, or a slice of it.")
   flags.DEFINE_integer("images", 500, "Images to compare, at most.", lower_bound=1)
   flags.DEFINE_integer("image_size", 224, "Side of the network's images in pixels.", lower_bound=1)
-  flags.DEFINE_boolean(
-    "scaled_jpeg_decoding",
-    False,
-    "Also compare with the first data set as the trainer's flag of this name reads it.",
-  )
 
 
-def compare(
-  datasets: list[str], split: str, data_dir: str, images: int, image_size: int, scaled: bool = False
-) -> dict:
-  """Compares data sets with the first of them.
-
-  Args:
-    datasets: their names.
-    split: to compare, the same of all.
-    data_dir: TFDS's data directory.
-    images: how many to compare, at most.
-    image_size: side of the images.
-    scaled: whether to compare the first data set with itself in scaled decoding too.
-
-  Returns:
-    By data set, and for "NAME, scaled": {"bytes": of a file on average} and, except for the first,
-    what `Differences.to_dict` does of the images minus the first one's.
+def compare(datasets: list[str], split: str, data_dir: str, images: int, image_size: int) -> dict:
+  """Returns by data set {"bytes": of a file on average} and, except for the first, what
+  `Differences.to_dict` does of the images minus the first one's.
 
   Raises:
     UserError: the splits have different numbers of examples, or different labels.
   """
+  import tensorflow as tf
+
+  from tf_largebatch.data.augmentation import centre_crop, resize
+  from tf_largebatch.data.input_pipeline import decode_and_crop
   from tf_largebatch.data.sources import open_source
   from tools.benchmark.readers.pixels import Differences
 
+  recipe = Recipe(image_size=image_size)
+
+  def evaluated(content):
+    cropped = decode_and_crop(content, centre_crop, channels=3)
+    return resize(recipe, cropped[tf.newaxis])[0].numpy().astype(int)
+
   sources = {name: open_source(name, split, data_dir) for name in datasets}
-  keep = dict.fromkeys(datasets)
-  if scaled:
-    name = f"{datasets[0]}, scaled"
-    sources[name], keep[name] = sources[datasets[0]], image_size
   counts = {source.num_examples for source in sources.values()}
   if len(counts) > 1:
     raise UserError(f"{split} has {sorted(counts)} examples in these data sets; not the same ones.")
   count = min(images, *counts)
-  sizes, totals = dict.fromkeys(sources, 0), {name: Differences() for name in list(sources)[1:]}
+  sizes, totals = dict.fromkeys(datasets, 0), {name: Differences() for name in datasets[1:]}
   for index in range(count):
     first = None
     for name, source in sources.items():
       content, label = source.parse(source.record(index))
       sizes[name] += len(content.numpy())
-      image, label = _as_evaluated(content, image_size, keep[name]), int(label)
+      image, label = evaluated(content), int(label)
       first = first or (image, label)
       if label != first[1]:
         raise UserError(
@@ -82,30 +69,18 @@ def compare(
         totals[name].add(image - first[0])
   return {
     name: {"bytes": sizes[name] / count} | (totals[name].to_dict() if name in totals else {})
-    for name in sources
+    for name in datasets
   }
-
-
-def _as_evaluated(content, image_size: int, keep: int | None):
-  """The image as an evaluation sees it, int `[image_size, image_size, 3]`."""
-  import tensorflow as tf
-
-  from tf_largebatch.data.augmentation import centre_crop, resize
-  from tf_largebatch.data.input_pipeline import decode_and_crop
-
-  cropped = decode_and_crop(content, centre_crop, channels=3, keep=keep)
-  return resize(Recipe(image_size=image_size), cropped[tf.newaxis])[0].numpy().astype(int)
 
 
 def main(datasets: list[str]) -> None:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   values = flags.FLAGS
-  if len(set(datasets)) < 2 - values.scaled_jpeg_decoding:
+  if len(set(datasets)) < 2:
     raise UserError("Two data sets are needed, such as imagenet2012 imagenet2012_shorter480.")
   data_dir = os.path.expanduser(values.data_dir)
-  sizes = (values.images, values.image_size)
-  found = compare(datasets, values.split, data_dir, *sizes, values.scaled_jpeg_decoding)
-  width = max(map(len, found))
+  found = compare(datasets, values.split, data_dir, values.images, values.image_size)
+  width = max(map(len, datasets))
   print(output.table_line("data set", width, ("kB/image", "|Δ|", "Δ", "max |Δ|"), 10))
   for name, row in found.items():
     cells = [f"{row['bytes'] / 1000:.1f}"]

@@ -14,7 +14,7 @@ _SHUFFLE_BUFFER = 10_000  # In records.
 _INTERLEAVED_SHARDS = 10
 
 
-def read_ours(task: Task, scaled_jpeg_decoding: bool = False) -> Iterator:
+def read_ours(task: Task) -> Iterator:
   """This package's input, as a training run calls it."""
   from tf_largebatch.data import input_pipeline, sources
 
@@ -23,7 +23,6 @@ def read_ours(task: Task, scaled_jpeg_decoding: bool = False) -> Iterator:
     train_split=task.split,
     image_size=SIDE,
     augmentation="area_crop",
-    scaled_jpeg_decoding=scaled_jpeg_decoding,
     channel_mean=MEAN,
     channel_std=STD,
     workers=1,

@@ -1,6 +1,5 @@
 """Times a reader, and counts the CPU time that it and the rest of the machine use meanwhile."""
 
-import functools
 import multiprocessing
 import os
 import pathlib
@@ -20,7 +19,6 @@ from tools.benchmark.readers.tfrecord_readers import (
 READERS = {
   "ours": read_ours,
   "ours in order": read_ours_in_order,
-  "ours scaled": functools.partial(read_ours, scaled_jpeg_decoding=True),
   "decode whole": read_decode_whole,
   "model garden": read_model_garden,
   "model garden uint8": read_model_garden_uint8,
