@@ -33,8 +33,8 @@ usual there; fit makes k updates instead.
 
 FLOPs are those of convolutions and dense layers, two per multiply-add. Backprop counts as twice the
 forward pass, less the gradient of the first layer's input. The ceiling of a contender is a large
-matrix product in its dtype on its cores, timed in the same repeats: by NumPy's OpenBLAS on a CPU in
-float32, otherwise by TensorFlow's oneDNN or cuBLAS.
+matrix product in its dtype on its cores, timed in the same repeats: by TensorFlow (oneDNN, cuBLAS),
+or by NumPy's OpenBLAS if that is faster in float32 on this CPU.
 
 --profile lists the operations that take most of each contender's step (not of PyTorch's): on a CPU
 in seconds summed over all threads, on a GPU in seconds of its kernels.
