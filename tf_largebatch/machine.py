@@ -54,7 +54,7 @@ def thread_settings(cores: int) -> dict[str, str]:
   """Returns the environment variables that make TensorFlow start threads for so many cores."""
   return {
     "TF_NUM_INTRAOP_THREADS": str(cores),
-    # With one, the all-reduce would wait until backprop has ended.
+    # With a single one, the all-reduce would wait until backprop has ended.
     "TF_NUM_INTEROP_THREADS": str(max(2, cores)),
   }
 

@@ -77,7 +77,11 @@ def with_workers_per_pass(
 
 
 def _choose(
-  options: RunOptions, strategy: tf.distribute.Strategy, model: keras.Model, recipe: Recipe, keep
+  options: RunOptions,
+  strategy: tf.distribute.Strategy,
+  model: keras.Model,
+  recipe: Recipe,
+  keep: bool,
 ) -> int:
   """Returns the g that was kept or is measured now, the smallest of all tasks'.
 
@@ -87,7 +91,8 @@ def _choose(
   """
   replicas = strategy.num_replicas_in_sync
   workers_on_replica = recipe.workers // replicas
-  path, conditions, kept, g = os.path.join(options.work_dir, _FILE), None, None, 1
+  path = os.path.join(options.work_dir, _FILE)
+  g, kept, conditions = 1, None, None
   if recipe.dtype != "float16" and tf.config.get_visible_devices("GPU"):
     conditions = _conditions(options, workers_on_replica)
     kept = _read(path, conditions) if options.work_dir else None
@@ -104,8 +109,8 @@ def measure_workers_per_pass(
 ) -> int:
   """Measures which g takes a replica's workers through the network fastest on this GPU.
 
-  g doubles (while it divides the replica's workers), on images of zeros, until that is no faster or
-  the memory is full.
+  Doubles g, on images of zeros, for as long as that is faster, fits into the memory and divides the
+  replica's workers.
   """
   shape = (recipe.per_worker_batch_size, *model.input_shape[1:])
   values = Variables.of(model).values()
