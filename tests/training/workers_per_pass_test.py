@@ -51,13 +51,14 @@ def choose(monkeypatch, tmp_path):
   monkeypatch.setattr(passes, "measure_workers_per_pass", lambda *_: measured.append(0) or 4)
   monkeypatch.setattr(passes.tf.config, "get_visible_devices", lambda kind: [kind])
 
-  def choose(workers=8, gpu="A", keep=True, **options):
+  def choose(workers=8, gpu="A", keep=True, dtype="float32", **options):
     measured.clear()
     details = {"device_name": gpu}
     monkeypatch.setattr(passes.tf.config.experimental, "get_device_details", lambda _: details)
     options = RunOptions(work_dir=str(tmp_path), **options)
     strategy, model = tf.distribute.get_strategy(), make_model(5, "float32")
-    found = passes.with_workers_per_pass(options, strategy, model, make_recipe(workers), keep)
+    recipe = make_recipe(workers, dtype=dtype)
+    found = passes.with_workers_per_pass(options, strategy, model, recipe, keep)
     return found.workers_per_pass, len(measured)
 
   return choose
@@ -95,6 +96,12 @@ def test_a_run_goes_on_if_g_cannot_be_kept(choose, tmp_path, caplog):
   assert choose() == (4, 1)
   (line,) = [record.message for record in caplog.records if "Cannot write" in record.message]
   assert "workers_per_pass.json" in line
+
+
+def test_g_is_1_in_float16(choose, tmp_path):
+  """Which steps overflow and are skipped must not depend on a device."""
+  assert choose(dtype="float16") == (1, 0)
+  assert not os.listdir(tmp_path)
 
 
 def test_g_is_1_on_a_cpu(choose, monkeypatch, tmp_path):
