@@ -17,11 +17,8 @@ def test_every_augmentation_of_a_recipe_has_its_transforms():
 @pytest.mark.parametrize("shape", [(375, 500, 3), (500, 375, 3), (64, 64, 3)])
 def test_random_crop_has_the_papers_area_and_aspect(shape):
   draws = shuffle.draws(RECIPE, tf.constant(0, tf.int64), tf.constant(0, tf.int64), 3000)
-  crops = tf.data.Dataset.from_tensor_slices(augmentation.crop_tries(draws)[:, 1:]).map(
-    lambda tries: augmentation.random_crop(tf.constant(shape), tries)
-  )
-  crops = np.stack(list(crops.as_numpy_iterator()))
-  top, left, height, width = crops.T
+  tries, _ = augmentation.crops_and_flips(draws)
+  top, left, height, width = np.array(augmentation.random_crop(shape, tries))
   assert np.all((top >= 0) & (left >= 0) & (top + height <= shape[0]) & (left + width <= shape[1]))
   share = height * width / (shape[0] * shape[1])
   # Rounding to whole pixels moves a side by at most one half.
@@ -44,9 +41,24 @@ def test_random_crop_has_the_papers_area_and_aspect(shape):
 
 def test_random_crop_of_a_sliver_falls_back_to_a_centre_crop():
   for seed in range(10):
-    tries = augmentation.crop_tries(tf.random.stateless_uniform([1, 44], [0, seed]))[0, 1:]
-    crop = augmentation.random_crop(tf.constant([1000, 10, 3]), tries)
+    tries, _ = augmentation.crops_and_flips(tf.random.stateless_uniform([1, 44], [0, seed]))
+    crop = augmentation.random_crop(tf.constant([1000, 10, 3]), tries[0])
     np.testing.assert_array_equal(crop, [493, 0, 13, 10])
+
+
+@pytest.mark.parametrize("name", augmentation.TRANSFORMS)
+def test_crops_of_several_images_are_those_of_each(name):
+  shapes = np.random.default_rng(0).integers(1, 600, (200, 3)).astype(np.int32)
+  shapes[0] = (1000, 10, 3)  # No try fits.
+  draws = shuffle.draws(RECIPE, tf.constant(0, tf.int64), tf.constant(0, tf.int64), len(shapes))
+  for transform in augmentation.TRANSFORMS[name]:
+    crop_draws, _ = transform.split_draws(draws)
+    together = [np.broadcast_to(side, 200) for side in transform.crop(shapes.T, crop_draws)]
+    alone = [
+      [int(side) for side in transform.crop(shape, draw)]
+      for shape, draw in zip(shapes, crop_draws, strict=True)
+    ]
+    np.testing.assert_array_equal(np.transpose(together), alone)
 
 
 def test_the_centre_crop_is_224_of_a_shorter_side_of_256():
@@ -76,18 +88,14 @@ def test_pad_crop_takes_another_draw_for_each_choice():
 def test_area_crops_lie_anywhere_whatever_else_was_drawn():
   """Top, left and flip are independent, and a crop touches the far edge as often as it should."""
   first = tf.constant(0, tf.int64)
-  tries = augmentation.crop_tries(shuffle.draws(RECIPE, first, first, 3000))
-  crops = tf.data.Dataset.from_tensor_slices(tries[:, 1:]).map(
-    lambda tries: augmentation.random_crop(tf.constant((64, 64, 3)), tries)
-  )
-  top, left, height, width = np.stack(list(crops.as_numpy_iterator())).T
+  tries, flips = augmentation.crops_and_flips(shuffle.draws(RECIPE, first, first, 3000))
+  top, left, height, width = np.array(augmentation.random_crop((64, 64, 3), tries))
   rooms, offsets = np.array([64 - height, 64 - width]), np.array([top, left])
   far, expected = np.sum(offsets == rooms, axis=1), np.sum(1 / (rooms + 1), axis=1)
   assert np.all(np.abs(far - expected) < 4 * np.sqrt(expected))
   wide = np.all(rooms > 8, axis=0)
   places = offsets[:, wide] / rooms[:, wide]
-  flips = tries.numpy()[wide, 0, 0] < 0.5
-  correlation = np.corrcoef([*places, flips]) - np.eye(3)
+  correlation = np.corrcoef([*places, flips.numpy()[wide]]) - np.eye(3)
   assert np.max(np.abs(correlation)) < 4.5 / np.sqrt(np.sum(wide))
 
 

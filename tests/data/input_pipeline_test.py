@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.data.encoded_source import EncodedSource
 from tf_largebatch.data import input_pipeline, shuffle, sources
 from tf_largebatch.recipe import Recipe
 
@@ -174,23 +175,6 @@ def test_pad_crop_pads_with_the_mean_shifts_by_up_to_four_and_flips(source):
   assert {flip for _, _, flip in seen} == {False, True}
 
 
-class EncodedSource:
-  """One encoded image, whose shape the pipeline does not know in advance."""
-
-  image_shape = None
-  num_examples = 24
-  num_classes = 1
-
-  def __init__(self, encoded):
-    self.encoded = encoded
-
-  def read(self, indices):
-    return tf.repeat(tf.constant([self.encoded]), tf.size(indices))
-
-  def parse(self, record):
-    return record, 0
-
-
 @pytest.mark.parametrize("encode", [tf.io.encode_png, tf.io.encode_jpeg])
 def test_encoded_images_are_cropped_as_decoded_ones(encode):
   smooth = np.linspace(0, 255, 90)[:, None, None] * np.ones((1, 70, 3))
@@ -202,7 +186,7 @@ def test_encoded_images_are_cropped_as_decoded_ones(encode):
     lambda s: task_batches(recipe, s, 1, 1, 0, 1)[0][0][0],
     lambda s: next(evaluation(recipe, s, 24, 1, 1)[0])[0],
   ):
-    difference = make(EncodedSource(encoded)).astype(int) - make(array).astype(int)
+    difference = make(EncodedSource([encoded] * 24)).astype(int) - make(array).astype(int)
     # Decoding a part of a JPEG may round the chroma at the crop's edge differently.
     assert np.max(np.abs(difference)) <= (0 if encode is tf.io.encode_png else 2)
 

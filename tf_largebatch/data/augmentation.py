@@ -14,8 +14,8 @@ _CROP_TRIES = DRAWS // 4 - 1  # Four draws for each, and four for the flip, whic
 _CENTRE_FRACTION = 224 / 256  # Shorter side 256, centre crop 224 (§5.1).
 
 
-def _unchanged(draws):
-  return draws
+def _for_both(draws):
+  return draws, draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,72 +23,72 @@ class Transform:
   """Cuts out a part of each image, resizes it and finishes it.
 
   Attributes:
-    crop: (shape (H, W, …), draws of one image) → (top, left, height, width) of the part.
-    finish: (recipe, resized images, their draws) → images; None: the resized images.
-    prepare_draws: draws float32 `[B, DRAWS]` → the draws `[B, …]` that the other two take.
+    crop: (shape (H, W, …), draws) → (top, left, height, width) of the part, of one image, or of B
+      if H and W are `[B]` and the draws `[B, …]`.
+    finish: (recipe, resized images, draws) → images; None: the resized images.
+    split_draws: draws float32 `[B, DRAWS]` → the draws `[B, …]` that `crop` takes, and those that
+      `finish` takes.
     per_image: whether each image has its own crop. If so, `finish` takes one image `[H, W, C]` and
       its draws, else images `[B, H, W, C]` and the draws of each.
   """
 
   crop: Callable
   finish: Callable | None = None
-  prepare_draws: Callable = _unchanged
+  split_draws: Callable = _for_both
   per_image: bool = False
 
   def finish_one(self, recipe: Recipe, images, draws):
     """Returns one finished image `[H, W, C]`, from images `[1, H, W, C]` and its draws."""
-    if self.finish is None:
-      return images[0]
-    if self.per_image:
-      return self.finish(recipe, images[0], draws)
-    return self.finish(recipe, images, draws[tf.newaxis])[0]
+    if self.finish is not None and not self.per_image:
+      images = self.finish(recipe, images, draws[tf.newaxis])
+    image = tf.squeeze(images, 0)
+    return self.finish(recipe, image, draws) if self.per_image else image
 
 
-def crop_tries(draws):
-  """Turns draws into what a random crop takes, except for the size of its image.
+def crops_and_flips(draws):
+  """Turns draws into what a random crop takes, except for the size of its image, and into flips.
 
   Args:
     draws: float32 `[B, DRAWS]`.
 
   Returns:
-    float32 `[B, 1 + tries, 4]`. Row 0 is for the flip. Each other row is a try: height and width,
-    in units of the square root of the image's area, for an area of 8-100 % and an aspect ratio of
-    3/4-4/3 that is uniform in its logarithm (as in torchvision); then top and left, as shares of
-    the room that the crop leaves.
+    (tries, flips). Tries are float32 `[B, tries, 4]`: height and width, in units of the square root
+    of the image's area, for an area of 8-100 % and an aspect ratio of 3/4-4/3 that is uniform in
+    its logarithm (as in torchvision); then top and left, as shares of the room that the crop
+    leaves. Flips are bool `[B]`, each with probability 1/2.
   """
   draws = tf.reshape(draws, [-1, 1 + _CROP_TRIES, 4])
+  flips, draws = draws[:, 0, 0] < 0.5, draws[:, 1:]
   area = 0.08 + draws[..., 0] * 0.92
   aspect = tf.exp((2 * draws[..., 1] - 1) * math.log(4 / 3))
   sizes = tf.sqrt(tf.stack([area / aspect, area * aspect], axis=-1))
-  tries = tf.concat([sizes, draws[..., 2:]], axis=-1)
-  return tf.concat([draws[:, :1], tries[:, 1:]], axis=1)
+  return tf.concat([sizes, draws[..., 2:]], axis=-1), flips
 
 
 def random_crop(shape, tries):
-  """Returns a crop of 8-100 % of the area with an aspect ratio of 3/4-4/3 (§5.1).
+  """Returns crops of 8-100 % of the area with an aspect ratio of 3/4-4/3 (§5.1).
 
   The first try that fits is taken, or else the largest centre crop of an allowed aspect ratio.
 
   Args:
-    shape: (H, W, …) of the image, int32.
-    tries: float32 `[tries, 4]`, see `crop_tries`.
+    shape: (H, W, …) of the images, integers or int32 `[B]`.
+    tries: float32 `[B, tries, 4]`, see `crops_and_flips`; or `[tries, 4]` of one image.
 
   Returns:
-    (top, left, height, width), int32.
+    (top, left, height, width), int32 `[B]`, or scalars of one image.
   """
-  shape = tf.cast(shape[:2], tf.float32)
-  sizes = tf.maximum(tf.round(tries[:, :2] * tf.sqrt(shape[0] * shape[1])), 1)
-  room = shape - sizes
-  fits = tf.reduce_all(room >= 0, axis=1)
-  offsets = tf.floor(tries[:, 2:] * (room + 1))
-  drawn = tf.concat([offsets, sizes], axis=1)[tf.argmax(fits)]
-  largest = tf.minimum(shape, tf.maximum(tf.round(shape[::-1] * (4 / 3)), 1))
-  fallback = tf.concat([(shape - largest) // 2, largest], axis=0)
-  return tf.cast(tf.where(tf.reduce_any(fits), drawn, fallback), tf.int32)
-
-
-def _random_area(shape, draws):
-  return random_crop(shape, draws[1:])
+  sides = tf.cast(tf.stack([shape[0], shape[1]], axis=-1), tf.float32)
+  root = tf.sqrt(sides[..., :1] * sides[..., 1:])
+  sizes = tf.maximum(tf.round(tries[..., :2] * root[..., tf.newaxis, :]), 1)
+  room = sides[..., tf.newaxis, :] - sizes
+  fits = tf.reduce_all(room >= 0, axis=-1)
+  offsets = tf.floor(tries[..., 2:] * (room + 1))
+  drawn = tf.concat([offsets, sizes], axis=-1)
+  drawn = tf.gather(drawn, tf.argmax(fits, axis=-1), batch_dims=drawn.shape.rank - 2)
+  largest = tf.minimum(sides, tf.maximum(tf.round(sides[..., ::-1] * (4 / 3)), 1))
+  fallback = tf.concat([(sides - largest) // 2, largest], axis=-1)
+  crop = tf.where(tf.reduce_any(fits, axis=-1, keepdims=True), drawn, fallback)
+  return tf.unstack(tf.cast(crop, tf.int32), axis=-1)
 
 
 def _whole(shape, _draws):
@@ -128,14 +128,16 @@ def shift_and_flip(recipe: Recipe, images, draws):
   return tf.gather(tf.gather(images, rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)
 
 
-def _flip(recipe: Recipe, image, draws):
-  """Flips one image `[H, W, C]` horizontally with probability 1/2."""
-  return tf.cond(draws[0, 0] < 0.5, lambda: tf.reverse(image, [1]), lambda: image)
+def _flip(recipe: Recipe, image, flip):
+  """Flips an image `[H, W, C]` horizontally if `flip` (bool scalar) is true; in graphs only."""
+  # What tf.cond becomes when it runs, without tracing two functions for each image of a batch.
+  same, mirrored = tf.raw_ops.Switch(data=image, pred=flip)
+  return tf.raw_ops.Merge(inputs=[same, tf.reverse(mirrored, [1])]).output
 
 
 _RESIZE_WHOLE = Transform(_whole)
 _PAD_CROP = Transform(_whole, finish=shift_and_flip)
-_AREA_CROP = Transform(_random_area, finish=_flip, prepare_draws=crop_tries, per_image=True)
+_AREA_CROP = Transform(random_crop, finish=_flip, split_draws=crops_and_flips, per_image=True)
 _CENTRE_CROP = Transform(centre_crop)
 
 # The recipe's `augmentation` → (transform for training, transform for evaluation).

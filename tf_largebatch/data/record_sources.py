@@ -79,10 +79,10 @@ class RecordSource:
     records = tf.numpy_function(records_of, [indices], tf.string, stateful=False)
     return tf.ensure_shape(records, indices.shape)
 
-  def parse(self, record):
+  def parse(self, records):
     image_key, label_key = self._keys
-    example = tf.io.parse_single_example(
-      record,
+    example = tf.io.parse_example(
+      records,
       {
         image_key: tf.io.FixedLenFeature([], tf.string),
         label_key: tf.io.FixedLenFeature([], tf.int64),

@@ -8,8 +8,8 @@ A source is any object with
     read(indices)                  int64 `[B]` → in a tf.data graph, if image_shape is known:
                                    (images uint8 `[B, H, W, C]`, labels int32 `[B]`), else:
                                    records, string `[B]`, empty where one cannot be read
-    parse(record)                  if image_shape is not known: string scalar → (encoded image,
-                                   string scalar; label, int32 scalar)
+    parse(records)                 if image_shape is not known: strings of any shape → (encoded
+                                   images, strings, and labels, int32, of this shape)
 
 so that the examples at any positions of any permutation can be read without a shuffle buffer.
 """

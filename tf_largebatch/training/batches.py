@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
-from tf_largebatch.data import input_pipeline, sources
+from tf_largebatch.data import image_loading, input_pipeline, sources
 from tf_largebatch.distributed.cluster import Cluster
 from tf_largebatch.errors import UserError
 from tf_largebatch.recipe import Recipe
@@ -99,7 +99,7 @@ def next_batch(batches: Iterator, recipe: Recipe, split: str, source, ids, skips
   try:
     return next(batches)
   except sources.FAULTS as error:
-    found = _first_fault(source, ids, recipe, input_pipeline.REPLACEMENTS if skips else 1)
+    found = _first_fault(source, ids, recipe, image_loading.REPLACEMENTS if skips else 1)
     if found is None:
       raise sources.read_error(source, split, error) from error
     rest = ", or skip such examples with --bad_examples=skip"

@@ -38,7 +38,7 @@ def compare(datasets: list[str], split: str, data_dir: str, images: int, image_s
   import tensorflow as tf
 
   from tf_largebatch.data.augmentation import centre_crop, resize
-  from tf_largebatch.data.input_pipeline import decode_and_crop
+  from tf_largebatch.data.image_loading import decode_and_crop
   from tf_largebatch.data.sources import open_source
   from tools.benchmark.readers.pixels import Differences
 

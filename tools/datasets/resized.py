@@ -17,7 +17,7 @@ from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from tf_largebatch.data import preparation
 from tf_largebatch.data.features import image_and_label
-from tf_largebatch.data.input_pipeline import decode_and_crop
+from tf_largebatch.data.image_loading import decode_and_crop
 from tf_largebatch.data.sources import open_source
 from tf_largebatch.errors import UserError
 from tools.datasets.image_checks import in_order

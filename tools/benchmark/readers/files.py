@@ -41,7 +41,7 @@ def _find(task: Task, examples: int) -> tuple[dict, Callable[[int], str]]:
   """Checks the data set; what `write_files` returns, and a function that describes an example."""
   import tensorflow_datasets as tfds
 
-  from tf_largebatch.data import input_pipeline, sources
+  from tf_largebatch.data import image_loading, sources
 
   try:
     builder = tfds.builder(task.dataset, data_dir=task.data_dir)
@@ -74,6 +74,6 @@ def _find(task: Task, examples: int) -> tuple[dict, Callable[[int], str]]:
     "split": split,
     "shards": [(os.fspath(shard.filename), shard.skip, shard.take) for shard in shards],
     "keys": info.supervised_keys,
-    "decoder": input_pipeline.JPEG_DECODING,
+    "decoder": image_loading.JPEG_DECODING,
   }
   return found, source.describe
