@@ -9,6 +9,7 @@ area with aspect ratios of 3/4 to 4/3, resized to 224×224 (bilinear), flipped a
 of 32.
 
   ours               `input_pipeline.train_dataset`, called as a training run calls it
+  ours skip          the same with --bad_examples=skip
   ours in order      the same in the order of the shards: shows what the exact shuffle costs
   decode whole       simple tf.data: shards in order, whole images decoded and then cropped
   model garden       the TensorFlow Model Garden's input for ResNet (official/vision): interleaved

@@ -14,7 +14,7 @@ _SHUFFLE_BUFFER = 10_000  # In records.
 _INTERLEAVED_SHARDS = 10
 
 
-def read_ours(task: Task) -> Iterator:
+def read_ours(task: Task, on_bad_example=None) -> Iterator:
   """This package's input, as a training run calls it."""
   from tf_largebatch.data import input_pipeline, sources
 
@@ -31,9 +31,19 @@ def read_ours(task: Task) -> Iterator:
   source = sources.open_source(task.dataset, task.split, task.data_dir)
   return iter(
     input_pipeline.train_dataset(
-      recipe, source, first_worker=0, num_workers=1, workers_per_replica=1
+      recipe,
+      source,
+      first_worker=0,
+      num_workers=1,
+      workers_per_replica=1,
+      on_bad_example=on_bad_example,
     )
   )
+
+
+def read_ours_and_skip(task: Task) -> Iterator:
+  """The same with `--bad_examples=skip`."""
+  return read_ours(task, on_bad_example=print)
 
 
 def read_ours_in_order(task: Task) -> Iterator:

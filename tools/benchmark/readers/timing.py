@@ -13,11 +13,13 @@ from tools.benchmark.readers.tfrecord_readers import (
   read_model_garden,
   read_model_garden_uint8,
   read_ours,
+  read_ours_and_skip,
   read_ours_in_order,
 )
 
 READERS = {
   "ours": read_ours,
+  "ours skip": read_ours_and_skip,
   "ours in order": read_ours_in_order,
   "decode whole": read_decode_whole,
   "model garden": read_model_garden,
