@@ -1,8 +1,7 @@
 """From what a source stores to images of the recipe's size, a plan at a time.
 
-A plan is a number of successive examples. One thread decodes the images of an encoded plan one
-after another: to hand single images from thread to thread would take longer than all else that is
-not decoding.
+A plan is a number of successive examples. One thread decodes the JPEGs of a plan one after another,
+which saves a call of a function, and passing on images between threads, for each.
 """
 
 import functools
@@ -47,8 +46,8 @@ def image_loader(recipe: Recipe, source, transform, size: int, on_bad_example):
     size: examples in a plan.
 
   Returns:
-    A function from (ids int64 `[size]`, the two draws of `Transform.split_draws`, what the source's
-    `read` returns) to (ids, images uint8 `[size, H, W, C]`, labels int32, read bool).
+    A function from (ids int64 `[size]`, the result of `Transform.split_draws`, that of the source's
+    `read`) to (ids, images uint8 `[size, H, W, C]`, labels int32 `[size]`, read bool `[size]`).
   """
   channels = len(recipe.channel_mean)
 
@@ -77,13 +76,16 @@ def image_loader(recipe: Recipe, source, transform, size: int, on_bad_example):
   def load_or_fail(ids, draws, stored):
     encoded, labels = source.parse(stored)
     return tf.cond(
-      tf.reduce_all(tf.io.is_jpeg(encoded)),
+      _all_jpegs(encoded),
       lambda: load_jpegs(ids, draws, encoded, labels),
       lambda: load_each(ids, draws, stored),
     )
 
   def load_good_jpegs(ids, draws, stored):
     encoded, labels = source.parse(stored)
+    # Otherwise, libjpeg would print a line about each image of another format.
+    with tf.control_dependencies([tf.debugging.Assert(_all_jpegs(encoded), ["not JPEGs"])]):
+      encoded = tf.identity(encoded)
     return load_jpegs(ids, draws, encoded, require_class(labels, source))
 
   def load_or_skip(*plan):
@@ -97,6 +99,10 @@ def image_loader(recipe: Recipe, source, transform, size: int, on_bad_example):
   return load_or_fail if on_bad_example is None else load_or_skip
 
 
+def _all_jpegs(encoded):
+  return tf.reduce_all(tf.io.is_jpeg(encoded))
+
+
 def _decode_jpegs(recipe: Recipe, transform, size: int, draws, encoded):
   """Decodes and transforms JPEGs, string `[size]`, with few operations for each of them."""
   crop_draws, draws = draws
@@ -104,11 +110,10 @@ def _decode_jpegs(recipe: Recipe, transform, size: int, draws, encoded):
   shapes = tf.stack([tf.io.extract_jpeg_shape(jpeg) for jpeg in jpegs])
   crop = transform.crop(tf.unstack(shapes, axis=1), crop_draws)
   windows = tf.stack([tf.broadcast_to(side, [size]) for side in crop], axis=1)
-  images = []
+  channels, images = len(recipe.channel_mean), []
   for jpeg, window, draw in zip(jpegs, tf.unstack(windows), tf.unstack(draws), strict=True):
-    # One after another: side by side, they would be handed from thread to thread.
+    # Without the dependencies, TensorFlow would pass them on to other threads.
     with tf.control_dependencies(images[-1:]):
-      channels = len(recipe.channel_mean)
       image = tf.io.decode_and_crop_jpeg(jpeg, window, channels=channels, **JPEG_DECODING)
     image = augmentation.resize(recipe, tf.expand_dims(image, 0))
     images.append(transform.finish_one(recipe, image, draw))

@@ -134,9 +134,9 @@ MUTATIONS = (
       (
         "data/input_pipeline",
         "    ids = shuffle.example_id("
-        "recipe, source.num_examples, epoch, tf.range(first, first + n))\n",
+        "recipe, source.num_examples, epoch, tf.range(first, first + size))\n",
         "    share = source.num_examples // recipe.workers\n"
-        "    own = step_in_epoch * n + tf.range(n, dtype=tf.int64)\n"
+        "    own = step_in_epoch * n + start + tf.range(size, dtype=tf.int64)\n"
         "    ids = worker * share + shuffle.example_id(recipe, share, epoch, own)\n",
       ),
     ),

@@ -138,7 +138,7 @@ def test_decoders_are_measured_and_compared(monkeypatch):
 @pytest.mark.parametrize(
   "flags, expected",
   [
-    (["--readers=ours,dalli"], "--readers=dalli: unknown; use some of ours, ours in order"),
+    (["--readers=ours,dalli"], "--readers=dalli: unknown; use some of ours, ours skip"),
     (["--readers="], "--readers=: unknown"),
     (["--cores=4096"], "--cores=4096: only "),
     (["--json=/nowhere/report.json"], "--json=/nowhere/report.json cannot be written"),
