@@ -150,9 +150,14 @@ def _split_step(recipe: Recipe, train_examples: int, step):
   return step // steps_per_epoch, step % steps_per_epoch
 
 
+def _is_array(source, transform) -> bool:
+  """Whether the images of a plan are one array, which is transformed at once."""
+  return source.image_shape is not None and not transform.per_image
+
+
 def _plan_size(source, transform, images: int) -> int:
   """Returns how many of so many images are loaded together: a divisor of their number."""
-  if source.image_shape is not None and not transform.per_image:
+  if _is_array(source, transform):
     return images
   return max(size for size in range(1, min(images, _LARGEST_PLAN) + 1) if images % size == 0)
 
@@ -178,11 +183,12 @@ def _load(recipe: Recipe, source, plans, transform, size: int, shape: tuple, on_
     stored = source.read(tf.minimum(ids, source.num_examples - 1))
     return ids, transform.split_draws(draws), stored
 
-  def to_shape(*parts):
-    ids, images, labels, read = (tf.reshape(x, [*shape, *x.shape[axes:]]) for x in parts)
+  def to_shape(ids, images, labels, read):
+    ids, labels, read = (tf.reshape(x, shape) for x in (ids, labels, read))
+    images = tf.reshape(images, [*shape, *images.shape[-3:]])
     return ids, images, image_loading.require_class(labels, source), read
 
-  if source.image_shape is not None and not transform.per_image:
+  if _is_array(source, transform):
     load = image_loading.array_loader(recipe, source, transform, size)
   else:
     load = image_loading.image_loader(recipe, source, transform, size, on_bad_example)
@@ -191,7 +197,6 @@ def _load(recipe: Recipe, source, plans, transform, size: int, shape: tuple, on_
   begun = threads + -(-threads // 2)
   dataset = dataset.map(_as_written(load), num_parallel_calls=begun, deterministic=True)
   plans_in_element = math.prod(shape) // size
-  axes = 1 if plans_in_element == 1 else 2
   if plans_in_element > 1:  # Batches of one would be copies.
     dataset = dataset.batch(plans_in_element)
   dataset = dataset.map(_as_written(to_shape))
